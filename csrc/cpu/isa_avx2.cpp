@@ -1,0 +1,22 @@
+#include "isa_prologue.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,popcnt")
+namespace metagpt_fast::cpu {
+namespace {
+#include "vec_avx2.h"
+//
+#include "layer_kernels-inl.h"
+
+constexpr KernelTable kTable{"avx2", gram_span, merge_span};
+}  // namespace
+}  // namespace metagpt_fast::cpu
+#pragma GCC pop_options
+
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::avx2_kernels() { return &kTable; }
+#else
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::avx2_kernels() { return nullptr; }
+#endif

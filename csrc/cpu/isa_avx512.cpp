@@ -1,0 +1,22 @@
+#include "isa_prologue.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt")
+namespace metagpt_fast::cpu {
+namespace {
+#include "vec_avx512.h"
+//
+#include "layer_kernels-inl.h"
+
+constexpr KernelTable kTable{"avx512", gram_span, merge_span};
+}  // namespace
+}  // namespace metagpt_fast::cpu
+#pragma GCC pop_options
+
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::avx512_kernels() { return &kTable; }
+#else
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::avx512_kernels() { return nullptr; }
+#endif

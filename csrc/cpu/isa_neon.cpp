@@ -1,0 +1,19 @@
+#include "isa_prologue.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace metagpt_fast::cpu {
+namespace {
+#include "vec_neon.h"
+//
+#include "layer_kernels-inl.h"
+
+constexpr KernelTable kTable{"neon", gram_span, merge_span};
+}  // namespace
+}  // namespace metagpt_fast::cpu
+
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::neon_kernels() { return &kTable; }
+#else
+const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::neon_kernels() { return nullptr; }
+#endif

@@ -1,0 +1,28 @@
+// Included before the target region of every isa_<name>.cpp: all headers, so that none is compiled inside the region.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "../core/dtype.h"
+#include "../core/float_bits.h"
+#include "kernel_table.h"
+
+#define MF_INLINE [[gnu::always_inline]] static inline
+#define MF_NOINLINE [[gnu::noinline]] static
+
+namespace metagpt_fast::cpu {
+
+// Rounds fp64 values to a 16-bit dtype in one rounding. Rare (F64 inputs, 16-bit output), so it is scalar everywhere.
+template <DType kDType>
+inline void narrow_from_double(const double* values, std::size_t n, std::byte* out) {
+  static_assert(kDType == DType::kBF16 || kDType == DType::kF16);
+  for (std::size_t i = 0; i < n; ++i) {
+    const float odd = float_from_double_to_odd(values[i]);
+    const std::uint16_t bits = kDType == DType::kBF16 ? bf16_from_float(odd) : f16_from_float(odd);
+    __builtin_memcpy(out + 2 * i, &bits, sizeof(bits));
+  }
+}
+
+}  // namespace metagpt_fast::cpu

@@ -1,0 +1,71 @@
+#include "layer_nonfinite.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../core/thread_pool.h"
+#include "spans.h"
+
+namespace metagpt_fast::cpu {
+namespace {
+
+struct Found {
+  std::int64_t count = 0;
+  std::int64_t first = -1;  // within the span
+};
+
+// An element is NaN or Inf if all bits of its exponent are set.
+template <class Bits>
+Found find_nonfinite(const std::byte* data, std::size_t numel, Bits exponent_mask) {
+  Found found;
+  for (std::size_t e = 0; e < numel; ++e) {
+    Bits bits;
+    std::memcpy(&bits, data + e * sizeof(Bits), sizeof(Bits));
+    if ((bits & exponent_mask) != exponent_mask) continue;
+    if (found.count++ == 0) found.first = static_cast<std::int64_t>(e);
+  }
+  return found;
+}
+
+Found find_nonfinite(Operand operand, std::size_t numel) {
+  switch (operand.dtype) {
+    case DType::kF32:
+      return find_nonfinite<std::uint32_t>(operand.data, numel, 0x7f800000u);
+    case DType::kF16:
+      return find_nonfinite<std::uint16_t>(operand.data, numel, 0x7c00u);
+    case DType::kBF16:
+      return find_nonfinite<std::uint16_t>(operand.data, numel, 0x7f80u);
+    case DType::kF64:
+      return find_nonfinite<std::uint64_t>(operand.data, numel, 0x7ff0000000000000u);
+  }
+  return {};
+}
+
+}  // namespace
+
+void layer_nonfinite(const Layer& layer, std::int64_t* counts, std::int64_t* first) {
+  const std::size_t num_operands = layer.num_operands;
+  const std::vector<Span> spans = cut_into_spans(layer);
+  std::vector<Found> found(spans.size() * num_operands);
+  std::vector<ThreadScratch> scratch = make_scratch(num_operands);
+  parallel_for(spans.size(), [&](std::size_t item, int worker) {
+    const Operand* operands = scratch[static_cast<std::size_t>(worker)].load(layer, spans[item]);
+    for (std::size_t i = 0; i < num_operands; ++i) {
+      found[item * num_operands + i] = find_nonfinite(operands[i], spans[item].numel);
+    }
+  });
+  std::fill_n(counts, layer.num_tensors * num_operands, 0);
+  std::fill_n(first, layer.num_tensors * num_operands, -1);
+  for (std::size_t item = 0; item < spans.size(); ++item) {
+    for (std::size_t i = 0; i < num_operands; ++i) {
+      const Found& part = found[item * num_operands + i];
+      const std::size_t entry = spans[item].tensor * num_operands + i;
+      if (part.count > 0 && counts[entry] == 0)
+        first[entry] = static_cast<std::int64_t>(spans[item].first) + part.first;
+      counts[entry] += part.count;
+    }
+  }
+}
+
+}  // namespace metagpt_fast::cpu

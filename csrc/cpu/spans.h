@@ -1,0 +1,60 @@
+// A layer cut into work items: what a thread takes from the queue.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "../core/layer.h"
+#include "kernel_table.h"
+
+namespace metagpt_fast::cpu {
+
+// Elements of one item: 64 blocks. Fixed, because the order of fp64 additions follows from it: blocks within an item,
+// then items. In bf16 with three models an item is 2 MiB of input, small enough to balance, large enough for pread.
+inline constexpr std::size_t kSpanNumel = 64 * kBlockNumel;
+
+struct Span {
+  std::size_t tensor;  // index in the layer
+  std::size_t first;   // element
+  std::size_t numel;
+};
+
+// All items of the layer, tensor by tensor, ascending. Throws std::invalid_argument for a negative numel or an
+// unknown dtype.
+std::vector<Span> cut_into_spans(const Layer& layer);
+
+// What one thread needs while it works on items: kernel scratch, and buffers for file operands and file output.
+class ThreadScratch {
+ public:
+  explicit ThreadScratch(std::size_t num_operands) : num_operands_(num_operands), operands_(num_operands) {}
+
+  // The item's operands as memory: file operands are read into buffers. Throws FileOperandError.
+  const Operand* load(const Layer& layer, const Span& span);
+
+  // Scratch for a kernel call on `num_operands` operands.
+  const Workspace& workspace();
+
+  // A buffer for one item's output.
+  std::byte* output_buffer(std::size_t nbytes) { return grow(output_, nbytes); }
+
+ private:
+  struct Buffer {
+    std::unique_ptr<std::byte[]> memory;
+    std::size_t nbytes = 0;
+  };
+  static std::byte* grow(Buffer& buffer, std::size_t nbytes);
+
+  std::size_t num_operands_;
+  std::vector<Operand> operands_;
+  std::vector<Buffer> file_buffers_;
+  Buffer output_;
+  Buffer scratch_;
+  std::vector<double> sums_;
+  Workspace workspace_;
+};
+
+// One scratch for every worker of a parallel_for.
+std::vector<ThreadScratch> make_scratch(std::size_t num_operands);
+
+}  // namespace metagpt_fast::cpu

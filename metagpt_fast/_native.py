@@ -1,0 +1,196 @@
+"""The compiled kernels (``metagpt_fast._core``), with types, and a clear error where they are missing.
+
+Tables describe a layer of K tensors with V operands each (``[base, model_0 ...]``, or the models alone):
+
+* ``addresses``: uint64 ``[K, V]``, address in memory, or byte offset in the file;
+* ``files``: int32 ``[K, V]``, -1 for memory, else an open file descriptor that is read with ``pread``;
+* ``dtypes``: uint8 ``[K, V]``, :attr:`metagpt_fast.dtypes.DType.code`;
+* ``numels``: int64 ``[K]``, elements.
+
+Memory needs no alignment. The callers answer for the addresses: nothing here can check them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from .errors import BackendError, RecipeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+try:
+    from . import _core as _compiled  # type: ignore[attr-defined, unused-ignore]
+except ImportError as error:
+    raise BackendError(
+        "the compiled kernels cannot be loaded",
+        where="metagpt_fast._core",
+        got=str(error),
+        hint="install the package with `pip install .`; it needs a C++20 compiler",
+    ) from error
+
+_core: Any = _compiled
+
+
+class _FileOperandError(Protocol):
+    """An OSError with the place of the failure: ``operand`` is -1 for the output."""
+
+    errno: int
+    strerror: str
+    tensor: int
+    operand: int
+
+
+FileOperandError = cast("type[OSError]", _core.FileOperandError)
+"""OSError raised when a file operand cannot be read or written; has ``tensor`` and ``operand`` (-1: output)."""
+
+SPAN_NUMEL: int = _core.SPAN_NUMEL
+"""Elements per work item. Pieces of a tensor that are multiples of it keep the Gram matrix's bits."""
+
+
+def place_of(error: OSError) -> tuple[int, int]:
+    """Return ``(tensor, operand)`` of a FileOperandError; operand -1 is the output."""
+    placed = cast("_FileOperandError", error)
+    return placed.tensor, placed.operand
+
+
+def layer_gram(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    has_base: bool,
+    gram: NDArray[np.float64],
+) -> None:
+    """Add every tensor's Gram matrix of ``[base, τ_0 ...]`` to ``gram``, float64 ``[K, V, V]``, in place."""
+    _core.layer_gram(addresses, files, dtypes, numels, has_base, gram)
+
+
+def layer_merge(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    has_base: bool,
+    coefficients: NDArray[np.float64],
+    out_addresses: NDArray[np.uint64],
+    out_files: NDArray[np.int32],
+    out_dtypes: NDArray[np.uint8],
+) -> NDArray[np.int64]:
+    """Write ``base + Σ c_t τ_t`` of every tensor; ``coefficients`` float64 ``[K, T]``.
+
+    Returns:
+        int64 ``[K]``: how many elements of each result are NaN or Inf.
+    """
+    return cast(
+        "NDArray[np.int64]",
+        _core.layer_merge(
+            addresses, files, dtypes, numels, has_base, coefficients, out_addresses, out_files, out_dtypes
+        ),
+    )
+
+
+def layer_nonfinite(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    has_base: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Count NaN and Inf in every operand.
+
+    Returns:
+        int64 ``[K, V]`` counts, and int64 ``[K, V]`` indices of the first such element (-1: none).
+    """
+    return cast(
+        "tuple[NDArray[np.int64], NDArray[np.int64]]",
+        _core.layer_nonfinite(addresses, files, dtypes, numels, has_base),
+    )
+
+
+def inspect_dlpack(
+    capsule: object,
+) -> tuple[int, tuple[int, int, int], tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]:
+    """Return address, (type code, bits, lanes), shape, strides in elements, (device type, index) of a capsule."""
+    return cast(
+        "tuple[int, tuple[int, int, int], tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]",
+        _core.inspect_dlpack(capsule),
+    )
+
+
+def bandwidth_read(address: int, nbytes: int) -> int:
+    """Read memory once with the kernels' threads: the ceiling of ``layer_gram``. Returns a checksum."""
+    return cast("int", _core.bandwidth_read(address, nbytes))
+
+
+def bandwidth_triad(a: int, b: int, c: int, numel: int) -> None:
+    """Compute ``a = b + 3·c`` on float32 arrays with the kernels' threads: the ceiling of ``layer_merge``."""
+    _core.bandwidth_triad(a, b, c, numel)
+
+
+def supported_isas() -> list[str]:
+    """Return the instruction sets that this build and processor support, slowest first."""
+    return cast("list[str]", _core.supported_isas())
+
+
+def isa() -> str:
+    """Return the instruction set in use: ``set_isa``, else ``METAGPT_FAST_ISA``, else the best supported.
+
+    Raises:
+        BackendError: the variable names one that this machine does not support.
+    """
+    try:
+        return cast("str", _core.isa())
+    except ValueError as error:
+        raise BackendError(str(error), hint="unset the variable or choose a supported one") from None
+
+
+def set_isa(name: str) -> None:
+    """Choose the instruction set for this process: ``scalar``, ``avx2``, ``avx512``, ``neon`` or ``auto``.
+
+    Raises:
+        BackendError: this build or processor does not support it.
+    """
+    try:
+        _core.set_isa(name)
+    except ValueError as error:
+        raise BackendError(str(error)) from None
+
+
+def num_threads() -> int:
+    """Return the threads a kernel call uses: ``set_num_threads``, else ``METAGPT_FAST_THREADS``, else all processors.
+
+    Raises:
+        RecipeError: the variable is not a number from 1 to 1024.
+    """
+    try:
+        return cast("int", _core.num_threads())
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Choose the number of threads for this process; 0 returns to the default.
+
+    Raises:
+        RecipeError: not from 0 to 1024.
+    """
+    try:
+        _core.set_num_threads(num_threads)
+    except (ValueError, TypeError):
+        raise RecipeError("number of threads", where="threads", got=num_threads, expected="1 to 1024") from None
+
+
+def cuda_devices() -> list[dict[str, object]] | str:
+    """Return the CUDA devices (name, compute capability, memory), or a sentence saying why there are none."""
+    try:
+        from . import _cuda  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:
+        return "this build has no CUDA module (no CUDA toolkit was found when it was built)"
+    module: Any = _cuda
+    try:
+        devices = cast("list[dict[str, object]]", module.devices())
+    except RuntimeError as error:
+        return str(error)
+    return devices or "the CUDA driver reports no devices"
