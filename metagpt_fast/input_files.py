@@ -1,0 +1,247 @@
+"""The shards of base and models while they are read: mapped, or read through bounded buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import queue
+import resource
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from .backends.tables import MEMORY, Place
+from .checkpoint import TensorSource
+from .errors import CheckpointError, RecipeError
+
+IO_CHOICES = ("auto", "mmap", "pread")
+
+# Page faults on these go over a network or through a user-space daemon, one page at a time; a daemon or server that
+# goes away turns a fault into SIGBUS.
+_PREAD_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "virtiofs"})
+_PREFETCH_CHUNK_NBYTES = 4 << 20
+_COPY_CHUNK_NBYTES = 8 << 20
+
+# A part of a file: path, first byte, number of bytes.
+FileRange = tuple[Path, int, int]
+
+
+class InputFiles:
+    """Open input shards by path; use it in a ``with`` block.
+
+    Args:
+        paths: the shards, validated by ``open_checkpoint``.
+        io: ``mmap``, ``pread``, or ``auto`` (pread if any shard is on a network or FUSE file system).
+    """
+
+    def __init__(self, paths: Iterable[Path], io: str = "auto") -> None:
+        self._paths = list(dict.fromkeys(paths))
+        self.io = _choose_io(self._paths) if io == "auto" else io
+        if self.io not in IO_CHOICES:
+            raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+        self._files: dict[Path, _InputFile] = {}
+        # Apart, because asking for data may block while the disk's queue is full.
+        self._prefetcher = _Background("prefetch", backlog=4)
+        # One batch may wait to be released: with the one at work that makes three at the most.
+        self._releaser = _Background("release", backlog=1)
+
+    def __enter__(self) -> InputFiles:
+        _allow_open_files(2 * len(self._paths) + 256)
+        try:
+            for path in self._paths:
+                self._files[path] = _InputFile(path, is_mapped=self.io == "mmap")
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def place(self, source: TensorSource, first: int) -> Place:
+        """Return where element ``first`` of a tensor of a mergeable dtype is, as the backends take it."""
+        file = self._files[source.path]
+        offset = source.data_offset + first * source.dtype.itemsize
+        code = source.dtype.code
+        assert code is not None  # the plan lets only mergeable dtypes come here
+        return (file.address + offset, MEMORY, code) if file.is_mapped else (offset, file.fd, code)
+
+    def prefetch(self, ranges: Sequence[FileRange]) -> None:
+        """Start reading these parts into the page cache, in the background; those already there cost nothing."""
+        self._prefetcher.call(lambda: self._read_ahead(ranges))
+
+    def release(self, ranges: Sequence[FileRange]) -> None:
+        """Take these parts out of this process's memory. They stay in the page cache as long as there is room."""
+        if self.io == "mmap":
+            self._releaser.call(lambda: self._release(ranges))
+
+    def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> None:
+        """Copy a tensor's bytes into an open file; file systems with reflinks share the blocks instead."""
+        copy_range(self._files[source.path].fd, source.data_offset, out_fd, out_offset, source.nbytes)
+
+    def read(self, source: TensorSource, first_byte: int, nbytes: int) -> bytes:
+        """Return bytes of a tensor; raises CheckpointError if the file has become too short."""
+        content = os.pread(self._files[source.path].fd, nbytes, source.data_offset + first_byte)
+        if len(content) < nbytes:
+            raise CheckpointError("the file was truncated while it was read", where=source.path)
+        return content
+
+    def _read_ahead(self, ranges: Sequence[FileRange]) -> None:
+        for path, offset, nbytes in ranges:
+            for start in range(offset, offset + nbytes, _PREFETCH_CHUNK_NBYTES):
+                if self._prefetcher.is_closing:
+                    return
+                _read_ahead(self._files[path].fd, start, min(_PREFETCH_CHUNK_NBYTES, offset + nbytes - start))
+
+    def _release(self, ranges: Sequence[FileRange]) -> None:
+        for path, offset, nbytes in ranges:
+            self._files[path].release(offset, nbytes)
+
+    def _close(self) -> None:
+        self._prefetcher.close()
+        self._releaser.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+class _InputFile:
+    """One shard: a descriptor, and the address of its mapping if it is mapped."""
+
+    def __init__(self, path: Path, *, is_mapped: bool) -> None:
+        self.is_mapped = is_mapped
+        self.address = 0
+        self._map: mmap.mmap | None = None
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._nbytes = os.fstat(self.fd).st_size
+            if is_mapped:
+                self._map = mmap.mmap(self.fd, self._nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+                self.address = np.frombuffer(self._map, np.uint8).ctypes.data
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            hint = "try --io pread" if is_mapped and not isinstance(error, PermissionError) else None
+            raise CheckpointError(f"cannot open the file ({reason})", where=path, hint=hint) from error
+
+    def release(self, offset: int, nbytes: int) -> None:
+        if self._map is None or nbytes == 0:
+            return
+        # Outwards to whole pages: a page shared with a neighbour is mapped again at its next use.
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        end = min(offset + nbytes, self._nbytes)
+        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        os.close(self.fd)
+
+
+class _Background:
+    """A thread that carries out calls in order, at most ``backlog`` of them waiting; starts at the first call."""
+
+    def __init__(self, name: str, backlog: int) -> None:
+        self._name = name
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(backlog)
+        self._thread: threading.Thread | None = None
+        self.is_closing = False
+
+    def call(self, function: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"metagpt_fast-{self._name}", daemon=True)
+            self._thread.start()
+        self._queue.put(function)
+
+    def close(self) -> None:
+        """Skip what has not begun, and wait for what has."""
+        if self._thread is not None:
+            self.is_closing = True
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (function := self._queue.get()) is not None:
+            if not self.is_closing:
+                function()
+
+
+def _read_ahead(fd: int, offset: int, nbytes: int) -> None:
+    # Advice on pages that are cached still walks all of them: some 3 ms per 256 MiB, a fifth of the time that the
+    # kernels need for them. So look at one byte first.
+    try:
+        if os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT):
+            return
+    except OSError as error:
+        if error.errno not in {errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL}:
+            return  # the reader itself will meet the error, and report it
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def copy_range(in_fd: int, in_offset: int, out_fd: int, out_offset: int, nbytes: int) -> None:
+    """Copy bytes between open files at given offsets; raises OSError, also if the input ends early."""
+    done = 0
+    use_buffer = False
+    while done < nbytes:
+        count = min(_COPY_CHUNK_NBYTES, nbytes - done)
+        if not use_buffer:
+            try:
+                copied = os.copy_file_range(in_fd, out_fd, count, in_offset + done, out_offset + done)
+            except OSError as error:
+                if error.errno not in {
+                    errno.EXDEV,
+                    errno.ENOSYS,
+                    errno.EOPNOTSUPP,
+                    errno.EINVAL,
+                    errno.EBADF,
+                }:
+                    raise
+                use_buffer = True
+                continue
+            if copied == 0:  # also what some special file systems answer
+                use_buffer = True
+            done += copied
+            continue
+        content = os.pread(in_fd, count, in_offset + done)
+        if not content:
+            raise OSError(errno.EIO, "the input file ended early")
+        done += os.pwrite(out_fd, content, out_offset + done)
+
+
+def _choose_io(paths: Sequence[Path]) -> str:
+    mounts = _mounts()
+    for folder in {path.resolve().parent for path in paths}:
+        kind = next((kind for point, kind in mounts if folder.is_relative_to(point)), "")
+        if kind in _PREAD_FILE_SYSTEMS or kind.startswith("fuse"):
+            return "pread"
+    return "mmap"
+
+
+def _mounts() -> list[tuple[Path, str]]:
+    """Return mount points and their file systems, longest path first; nothing where /proc is missing."""
+    try:
+        text = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return []
+    mounts = []
+    for line in text.splitlines():
+        fields = line.split()
+        if len(fields) >= 3:
+            mounts.append((Path(fields[1].replace("\\040", " ").replace("\\011", "\t")), fields[2]))
+    return sorted(mounts, key=lambda mount: len(mount[0].parts), reverse=True)
+
+
+def _allow_open_files(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

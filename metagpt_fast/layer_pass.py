@@ -1,0 +1,321 @@
+"""The loop: prefetch the next batch → kernels → writer → release."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from ._native import FileOperandError, place_of
+from .backends.tables import LayerTable, layer_table, output_table
+from .errors import CheckpointError, DataError, OutputError
+from .schedule import Batch, Piece, Step, make_schedule, sources_of
+from .untrusted import brief
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from .backends.tables import Backend
+    from .input_files import InputFiles
+    from .plan import MergePlan, TensorPlan
+    from .writer import CheckpointWriter
+
+    FloatArray = NDArray[np.float64]
+
+
+class Progress(Protocol):
+    """What is told how far the work is; see :mod:`metagpt_fast.progress` for those of the command line."""
+
+    def start(self, phase: str, total_nbytes: int) -> None:
+        """A phase begins that works through ``total_nbytes`` bytes of input."""
+
+    def advance(self, nbytes: int) -> None:
+        """``nbytes`` more bytes are done."""
+
+    def finish(self) -> None:
+        """The phase is over."""
+
+
+class LayerPass:
+    """Measures, solves and combines a plan's tensors in bounded memory.
+
+    Args:
+        plan: what to merge.
+        files: the open input files.
+        backend: what computes.
+        window_nbytes: bytes of base and models that may be mapped at a time.
+        gram: Gram matrices measured before, float64 ``[N, T+1, T+1]``; None if they are to be measured.
+        progress: what is told how far the work is.
+
+    Attributes:
+        gram: the Gram matrix of every merged tensor, float64 ``[N, T+1, T+1]``; zeros if never measured.
+        coefficients: float64 ``[S, T]``, NaN until solved.
+        is_measured: whether ``gram`` is meaningful.
+        num_unchanged: tensors copied because no model changed them.
+        num_nonfinite: output tensor name → elements that overflowed to Inf in the output dtype.
+        nbytes_read, nbytes_written: bytes of tensors read from files (once, where combining follows measuring at once)
+            and written.
+        seconds_measure, seconds_combine: wall time per kind of step.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        files: InputFiles,
+        backend: Backend,
+        *,
+        window_nbytes: int,
+        gram: FloatArray | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._plan = plan
+        self._files = files
+        self._backend = backend
+        self._window_nbytes = window_nbytes
+        self._progress = progress
+        num_vectors = 1 + len(plan.models)
+        self._has_gram = gram is not None
+        self.gram = np.zeros((len(plan.merged), num_vectors, num_vectors)) if gram is None else gram
+        self.coefficients = np.full((len(plan.scopes), len(plan.models)), np.nan)
+        self.is_measured = self._has_gram
+        self.num_unchanged = 0
+        self.num_nonfinite: dict[str, int] = {}
+        self.nbytes_read = 0
+        self.nbytes_written = 0
+        self.seconds_measure = 0.0
+        self.seconds_combine = 0.0
+        # Layer by layer, combining finds the bytes in memory; over the whole model it reads the files (again).
+        needs_measuring = plan.recipe.method.needs_measurement and not self._has_gram
+        self._is_second_read = not needs_measuring or plan.recipe.granularity == "model"
+        self._scope_of_row = np.repeat(np.arange(len(plan.scopes)), [len(scope.tensors) for scope in plan.scopes])
+
+    def measure(self) -> None:
+        """Fill in the Gram matrices: one pass over the files, nothing written."""
+        self._run(
+            make_schedule(self._plan.scopes, window_nbytes=self._window_nbytes, measure=True, combine=False),
+            None,
+        )
+
+    def merge(self, writer: CheckpointWriter) -> None:
+        """Measure what is needed, solve, and write every merged tensor."""
+        steps = make_schedule(
+            self._plan.scopes,
+            window_nbytes=self._window_nbytes,
+            measure=self._plan.recipe.method.needs_measurement and not self._has_gram,
+            combine=True,
+        )
+        self._run(steps, writer)
+
+    def copy(self, writer: CheckpointWriter) -> None:
+        """Write the tensors that the plan takes from the base as they are."""
+        for tensor in self._plan.copied:
+            self._copy(tensor, writer)
+
+    def _run(self, steps: Sequence[Step], writer: CheckpointWriter | None) -> None:
+        batches = [step.batch for step in steps]
+        following = _following(batches)
+        phase = _Phases(self._progress, self._plan, steps)
+        if batches and (first := next(filter(None, batches), None)):
+            self._files.prefetch(first.ranges())
+        for number, step in enumerate(steps):
+            started = time.perf_counter()
+            coming = following[number]
+            if step.batch is None:
+                self._solve(step.scopes)
+                continue
+            if coming is not None and coming is not step.batch:
+                self._files.prefetch(coming.ranges())
+            if step.action == "measure":
+                self._measure(step.batch)
+                self.seconds_measure += time.perf_counter() - started
+            else:
+                assert writer is not None  # a schedule with combining steps is run with a writer only
+                self._combine(step.batch, writer)
+                self.seconds_combine += time.perf_counter() - started
+            if coming is not step.batch:
+                self._files.release(step.batch.ranges())
+            phase.done(step)
+        if any(step.action == "measure" for step in steps):
+            self.is_measured = True
+        phase.finish()
+
+    def _measure(self, batch: Batch) -> None:
+        layer = self._table(batch.pieces, uses_base=True)
+        sums = self.gram[[piece.row for piece in batch.pieces]]
+        try:
+            self._backend.layer_gram(layer, sums)
+        except FileOperandError as error:
+            raise _io_error(error, batch.pieces, uses_base=True) from error
+        squares = np.diagonal(sums, axis1=1, axis2=2)
+        if not np.isfinite(squares).all():
+            self._refuse_nonfinite(batch.pieces, layer, uses_base=True)
+            raise DataError(
+                "the squared norm overflows float64",
+                where=f"tensor {brief(batch.pieces[int(np.argmin(np.isfinite(squares).all(axis=1)))].tensor.name)}",
+            )
+        self.gram[[piece.row for piece in batch.pieces]] = sums
+        self.nbytes_read += batch.nbytes
+
+    def _solve(self, scopes: Sequence[int]) -> None:
+        method = self._plan.recipe.method
+        for scope in scopes:
+            first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
+            self.coefficients[scope] = method.solve(self.gram[first:last].sum(axis=0))
+
+    def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
+        uses_base = self._plan.recipe.method.uses_base
+        merged = []
+        for piece in batch.pieces:
+            if self._is_unchanged(piece):
+                if piece.first == 0:
+                    self._copy(piece.tensor, writer)
+                    self.num_unchanged += 1
+            else:
+                merged.append(piece)
+        if not merged:
+            return
+        layer = self._table(merged, uses_base=uses_base)
+        places = []
+        for piece in merged:
+            slot, dtype = writer.slot(piece.tensor.name), piece.tensor.out_dtype
+            assert dtype.code is not None  # --dtype takes mergeable dtypes only
+            places.append((slot.data_offset + piece.first * dtype.itemsize, slot.fd, dtype.code))
+            self.nbytes_written += piece.numel * dtype.itemsize
+        coefficients = self.coefficients[self._scope_of_row[[piece.row for piece in merged]]]
+        try:
+            counts = self._backend.layer_merge(layer, coefficients, output_table(places))
+        except FileOperandError as error:
+            raise _io_error(error, merged, uses_base=uses_base) from error
+        if counts.any():
+            self._refuse_nonfinite(merged, layer, uses_base=uses_base)
+            for piece, count in zip(merged, counts.tolist(), strict=True):
+                if count:
+                    name = piece.tensor.name
+                    self.num_nonfinite[name] = self.num_nonfinite.get(name, 0) + count
+        if self._is_second_read:
+            read = sum(piece.nbytes for piece in merged)
+            self.nbytes_read += read if uses_base else read - sum(_base_nbytes(piece) for piece in merged)
+
+    def _is_unchanged(self, piece: Piece) -> bool:
+        """Whether the output is the base's tensor, bit for bit, because no model changed it."""
+        is_measured = self._has_gram or self._plan.recipe.method.needs_measurement
+        return (
+            is_measured
+            and self._plan.recipe.method.uses_base
+            and piece.tensor.out_dtype is piece.tensor.base.dtype
+            and not np.diagonal(self.gram[piece.row])[1:].any()
+        )
+
+    def _copy(self, tensor: TensorPlan, writer: CheckpointWriter) -> None:
+        slot = writer.slot(tensor.name)
+        try:
+            self._files.copy(tensor.base, slot.fd, slot.data_offset)
+        except OSError as error:
+            raise OutputError(
+                f"cannot copy tensor {brief(tensor.name)} ({error.strerror})",
+                where=slot.path.parent,
+                got=f"an error while copying from {tensor.base.path}",
+            ) from error
+        self.nbytes_read += tensor.base.nbytes
+        self.nbytes_written += tensor.base.nbytes
+
+    def _table(self, pieces: Sequence[Piece], *, uses_base: bool) -> LayerTable:
+        rows = []
+        for piece in pieces:
+            sources = sources_of(piece.tensor) if uses_base else piece.tensor.models
+            rows.append([self._files.place(source, piece.first) for source in sources])
+        return layer_table(rows, [piece.numel for piece in pieces], uses_base)
+
+    def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable, *, uses_base: bool) -> None:
+        """Raise DataError naming the first NaN or Inf of the inputs, if there is one."""
+        counts, first = self._backend.layer_nonfinite(layer)
+        if not counts.any():
+            return
+        k, operand = (int(i) for i in np.argwhere(counts)[0])
+        piece = pieces[k]
+        source = (sources_of(piece.tensor) if uses_base else piece.tensor.models)[operand]
+        number = operand - uses_base
+        owner = "the base" if number < 0 else self._plan.labels[number]
+        raise DataError(
+            f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
+            where=source.path,
+            got=f"{counts[k, operand]} such elements, the first at index {piece.first + first[k, operand]}",
+            expected="finite numbers",
+            hint="the checkpoint is damaged or its training diverged; "
+            "to take this tensor from the base as it is, use --exclude",
+        )
+
+
+class _Phases:
+    """Tells the progress about phases: measuring and combining apart where they are two passes."""
+
+    def __init__(self, progress: Progress | None, plan: MergePlan, steps: Sequence[Step]) -> None:
+        self._progress = progress
+        actions = [step.action for step in steps if step.batch is not None]
+        num_changes = sum(a != b for a, b in itertools.pairwise(actions))
+        self._is_one_pass = num_changes > 1 or len(set(actions)) < 2
+        self._name: str | None = None
+        self._actions = set(actions)
+        self._total_nbytes = plan.nbytes_measured
+
+    def done(self, step: Step) -> None:
+        """Report a finished step."""
+        if self._progress is None or step.batch is None:
+            return
+        if self._is_one_pass and len(self._actions) > 1:
+            name = "measure and combine"
+            if step.action == "measure":
+                self._enter(name)
+                return
+        else:
+            name = step.action
+        self._enter(name)
+        self._progress.advance(step.batch.nbytes)
+
+    def finish(self) -> None:
+        """End the phase that is under way."""
+        if self._progress is not None and self._name is not None:
+            self._progress.finish()
+            self._name = None
+
+    def _enter(self, name: str) -> None:
+        if self._progress is not None and self._name != name:
+            self.finish()
+            self._name = name
+            self._progress.start(name, self._total_nbytes)
+
+
+def _following(batches: Sequence[Batch | None]) -> list[Batch | None]:
+    """Return for every step the batch of the next step that has one."""
+    following: list[Batch | None] = []
+    coming: Batch | None = None
+    for batch in reversed(batches):
+        following.append(coming)
+        coming = batch or coming
+    following.reverse()
+    return following
+
+
+def _base_nbytes(piece: Piece) -> int:
+    return piece.numel * piece.tensor.base.dtype.itemsize
+
+
+def _io_error(error: OSError, pieces: Sequence[Piece], *, uses_base: bool) -> CheckpointError | OutputError:
+    """Return the error to raise for a file operand that could not be read or written."""
+    tensor, operand = place_of(error)
+    piece = pieces[tensor]
+    if operand < 0:
+        return OutputError(
+            f"tensor {brief(piece.tensor.name)} cannot be written ({error.strerror})",
+            hint="check the disk's free space, quota and health",
+        )
+    sources = sources_of(piece.tensor) if uses_base else piece.tensor.models
+    return CheckpointError(
+        f"tensor {brief(piece.tensor.name)} cannot be read ({error.strerror})",
+        where=sources[operand].path,
+        hint="the file changed while it was read, or its disk has failed",
+    )

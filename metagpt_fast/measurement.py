@@ -1,0 +1,246 @@
+"""Gram matrices of base and task vectors: what the first pass finds out, and what a later merge can reuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import trust
+from .errors import MeasurementError
+from .methods import MetaGPT
+from .untrusted import brief, parse_json_object
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+FORMAT = "metagpt_fast.measurement"
+VERSION = 1
+MAX_FILE_NBYTES = 1 << 30
+Fingerprint = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The Gram matrix of ``[θ₀, τ_1 ... τ_T]`` for every merged tensor; τ_t = θ_t − θ₀.
+
+    Attributes:
+        base: the base's path, as given.
+        models: the models' paths, as given.
+        labels: a short, unique name of each model.
+        names: the tensors' names, N of them.
+        numels: elements per tensor, int64 ``[N]``.
+        layers: the layer of each tensor (its own name if it is in none), N of them.
+        gram: float64 ``[N, T+1, T+1]``.
+        fingerprints: per checkpoint, the base's first, what identifies its files.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    numels: NDArray[np.int64]
+    layers: tuple[str, ...]
+    gram: FloatArray
+    fingerprints: tuple[Fingerprint, ...]
+
+    @property
+    def total(self) -> FloatArray:
+        """Return the Gram matrix of the whole model, float64 ``[T+1, T+1]``."""
+        total: FloatArray = self.gram.sum(axis=0)
+        return total
+
+    @property
+    def norms(self) -> FloatArray:
+        """Return ‖τ_t‖ of each model, float64 ``[T]``."""
+        return norms_of(self.total)
+
+    @property
+    def base_norm(self) -> float:
+        """Return ‖θ₀‖."""
+        return float(np.sqrt(self.total[0, 0]))
+
+    @property
+    def cosines(self) -> FloatArray:
+        """Return the cosines between task vectors, float64 ``[T, T]``; 0 where one of them is zero."""
+        return cosines_of(self.total)
+
+    def coefficients(self, exponent: float = 2.0) -> FloatArray:
+        """Return MetaGPT's λ over the whole model, float64 ``[T]`` (arXiv 2406.11385, Eq. 15 for exponent 2)."""
+        return MetaGPT(exponent=exponent).solve(self.total)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what a user should know before trusting a merge of these models."""
+        return (
+            *trust.task_vector_warnings(self.labels, self.norms, self.cosines),
+            *trust.share_warnings(self.labels, self.coefficients()[None, :], "MetaGPT's"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that ``save`` writes, and norms, cosines and coefficients to read."""
+        num_vectors = self.gram.shape[1]
+        upper = np.triu_indices(num_vectors)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": self.base,
+            "models": list(self.models),
+            "labels": list(self.labels),
+            "base_norm": self.base_norm,
+            "norms": self.norms.tolist(),
+            "cosines": self.cosines.tolist(),
+            "metagpt_coefficients": self.coefficients().tolist(),
+            "warnings": list(self.warnings()),
+            "fingerprints": list(self.fingerprints),
+            "tensors": [
+                {"name": name, "layer": layer, "numel": int(numel), "gram": gram[upper].tolist()}
+                for name, layer, numel, gram in zip(self.names, self.layers, self.numels, self.gram, strict=True)
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the measurement as JSON, whole or not at all.
+
+        Raises:
+            MeasurementError: the file cannot be written.
+        """
+        path = Path(path)
+        staging = path.with_name(f".{path.name}.partial")
+        try:
+            staging.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            staging.replace(path)
+        except OSError as error:
+            staging.unlink(missing_ok=True)
+            raise MeasurementError(f"cannot write the measurement ({error.strerror})", where=path) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Measurement:
+        """Read a measurement that ``save`` has written.
+
+        Raises:
+            MeasurementError: the file cannot be read, or is not such a measurement.
+        """
+        return _load(Path(path))
+
+    def select(
+        self, base: Fingerprint, models: Sequence[Fingerprint], names: Sequence[str], *, where: object
+    ) -> FloatArray:
+        """Return the Gram matrices for these checkpoints and tensors, float64 ``[len(names), T+1, T+1]``.
+
+        The checkpoints may be a subset of the measured ones, in any order: they are found by fingerprint.
+
+        Raises:
+            MeasurementError: a checkpoint or a tensor was not measured, or has changed since.
+        """
+        if self.fingerprints[0] != base:
+            raise _stale("the base", self.base, where)
+        columns = [0]
+        for model, fingerprint in enumerate(models, start=1):
+            if fingerprint not in self.fingerprints[1:]:
+                raise _stale(f"model {model}", ", ".join(self.models), where)
+            columns.append(1 + self.fingerprints[1:].index(fingerprint))
+        rows = {name: row for row, name in enumerate(self.names)}
+        missing = [name for name in names if name not in rows]
+        if missing:
+            raise MeasurementError(
+                f"tensor {brief(missing[0])} was not measured",
+                where=where,
+                hint="it was excluded then; delete the file, and it is measured again",
+            )
+        chosen = self.gram[[rows[name] for name in names]]
+        selected: FloatArray = chosen[:, columns][:, :, columns]
+        return selected
+
+
+def norms_of(gram: FloatArray) -> FloatArray:
+    """Return ‖τ_t‖, float64 ``[T]``, from the Gram matrix of ``[θ₀, τ_1 ... τ_T]``."""
+    norms: FloatArray = np.sqrt(np.diagonal(gram)[1:])
+    return norms
+
+
+def cosines_of(gram: FloatArray) -> FloatArray:
+    """Return the cosines between task vectors, float64 ``[T, T]``; 0 where one of them is zero."""
+    norms = norms_of(gram)
+    products = norms[:, None] * norms[None, :]
+    cosines = np.divide(gram[1:, 1:], products, out=np.zeros_like(products), where=products > 0)
+    return np.clip(cosines, -1.0, 1.0)
+
+
+def _stale(which: str, measured: str, where: object) -> MeasurementError:
+    return MeasurementError(
+        f"the measurement belongs to other files: {which} is not among the measured ones, or has changed since",
+        where=where,
+        got=f"a measurement of {measured}",
+        hint="delete the file, and it is measured again",
+    )
+
+
+def _load(path: Path) -> Measurement:
+    try:
+        if path.stat().st_size > MAX_FILE_NBYTES:
+            raise MeasurementError("too large for a measurement", where=path, expected="at most 1 GiB")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise MeasurementError(f"cannot read the measurement ({error.strerror})", where=path) from error
+    try:
+        content = parse_json_object(raw, path, "measurement")
+    except Exception as error:
+        raise MeasurementError(f"not a measurement ({error})", where=path) from error
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise MeasurementError(
+            "not a measurement of this version",
+            where=path,
+            got=f"format {brief(content.get('format'))}, version {brief(content.get('version'))}",
+            expected=f"{FORMAT} {VERSION}",
+        )
+    try:
+        return _from_dict(content)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise MeasurementError(
+            f"the measurement is broken ({type(error).__name__}: {error})",
+            where=path,
+            hint="delete the file, and it is measured again",
+        ) from error
+
+
+def _from_dict(content: dict[str, Any]) -> Measurement:
+    models = _strings(content["models"])
+    tensors = content["tensors"]
+    fingerprints = content["fingerprints"]
+    num_vectors = 1 + len(models)
+    upper = np.triu_indices(num_vectors)
+    packed = np.array([tensor["gram"] for tensor in tensors], np.float64).reshape(len(tensors), -1)
+    if packed.shape != (len(tensors), upper[0].size) or not tensors:
+        raise ValueError(f"gram: expected {upper[0].size} numbers per tensor")
+    gram = np.zeros((len(tensors), num_vectors, num_vectors))
+    gram[:, upper[0], upper[1]] = packed
+    gram[:, upper[1], upper[0]] = packed
+    if not np.isfinite(gram).all() or (np.diagonal(gram, axis1=1, axis2=2) < 0).any():
+        raise ValueError("gram: expected finite numbers with squares on the diagonal")
+    if len(fingerprints) != num_vectors or not all(isinstance(f, list) for f in fingerprints):
+        raise ValueError("fingerprints: expected one list per checkpoint")
+    labels = _strings(content["labels"])
+    if len(labels) != len(models):
+        raise ValueError("labels: expected one per model")
+    return Measurement(
+        base=_strings([content["base"]])[0],
+        models=models,
+        labels=labels,
+        names=_strings([tensor["name"] for tensor in tensors]),
+        numels=np.array([tensor["numel"] for tensor in tensors], np.int64),
+        layers=_strings([tensor["layer"] for tensor in tensors]),
+        gram=gram,
+        fingerprints=tuple(fingerprints),
+    )
+
+
+def _strings(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("expected a list of strings")
+    return tuple(values)

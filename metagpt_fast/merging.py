@@ -1,0 +1,387 @@
+"""merge(): plan → measure → solve → combine → finish. The function to read first."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _native, trust
+from ._version import __version__
+from .artifacts import model_card, output_files, report_json, warnings_for
+from .backends import Backend, make_backend
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import DataError, PlanError
+from .input_files import IO_CHOICES, InputFiles
+from .layer_pass import LayerPass, Progress
+from .measurement import Measurement, cosines_of, norms_of
+from .plan import MergePlan, input_paths, make_plan
+from .quantities import parse_nbytes
+from .recipe import Recipe, make_recipe, parse_memory
+from .report import MergeReport
+from .untrusted import brief
+from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+DEFAULT_MEMORY = "1GiB"
+DEFAULT_SHARD_SIZE = "5GB"
+# Batches larger than this gain no speed, and with smaller ones the disk is asked for the next batch earlier.
+_MAX_WINDOW_NBYTES = 256 << 20
+_COMPARE_NBYTES = 4 << 20
+
+
+def merge(
+    base: str | Path,
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str = "metagpt",
+    granularity: str = "model",
+    exponent: float | None = None,
+    coefficients: float | Sequence[float] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    dtype: str = "keep",
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    exclude: str | None = None,
+    measurement: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge checkpoints that were fine-tuned from one base, and write the result.
+
+    With the default method, MetaGPT (Zhou et al., EMNLP 2024, arXiv 2406.11385, Eq. 2 and 15):
+
+        θ = θ₀ + Σ_t λ_t (θ_t − θ₀),   λ_t = ‖θ_t − θ₀‖² / Σ_k ‖θ_k − θ₀‖²
+
+    Inputs are only read. The output appears under its name when it is whole.
+
+    Args:
+        base: folder of the base model (Hugging Face layout), or a bare ``.safetensors`` file.
+        models: folders or files of the T fine-tuned models, with the base's tensors.
+        out: the output folder; a name that ends in ``.safetensors`` writes one bare file.
+        method: ``metagpt``, ``task_arithmetic`` or ``linear``.
+        granularity: over what norms are summed: ``model`` (the paper; two passes over the files), ``layer`` or
+            ``tensor`` (one pass).
+        exponent: p of λ_t ∝ ‖τ_t‖^p, for ``metagpt``; default 2.
+        coefficients: given λ (``task_arithmetic``, default 0.3) or weights (``linear``, default equal): one number,
+            or one per model.
+        parameters: further parameters of the method, by name.
+        dtype: of merged tensors: ``keep`` (the base's), ``bf16``, ``f16``, ``f32``, ``f64``.
+        backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        threads: threads for the kernels; default all processors. The result does not depend on it.
+        memory: bound of the memory that mapped files may take, in bytes or as ``"1GiB"``; at least 64 MiB.
+        io: ``mmap``, ``pread``, or ``auto`` (pread on network file systems).
+        max_shard_size: size of an output file, in bytes or as ``"5GB"``.
+        exclude: regular expression; tensors whose name it finds are taken from the base.
+        measurement: file that keeps the Gram matrices: read if it exists (a stale one is refused), else written.
+        overwrite: replace a model that is already at ``out``, once the new one is whole.
+        progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
+
+    Returns:
+        What was done: coefficients ``[S, T]``, norms ``[T]``, cosines ``[T, T]``, warnings, times.
+
+    Raises:
+        CheckpointError: an input is missing or broken.
+        PlanError: the inputs do not fit each other.
+        RecipeError: an argument cannot be used.
+        MeasurementError: the measurement file is stale or broken.
+        DataError: the weights hold NaN or Inf, or no model differs from the base.
+        OutputError: the output cannot be written.
+        BackendError: the backend cannot be used.
+    """
+    started = time.perf_counter()
+    plan = plan_merge(
+        base,
+        models,
+        method=method,
+        granularity=granularity,
+        exponent=exponent,
+        coefficients=coefficients,
+        parameters=parameters,
+        dtype=dtype,
+        exclude=exclude,
+    )
+    target = Path(out)
+    shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
+    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype)
+    fingerprints = _fingerprints(plan)
+    gram = _load_gram(plan, measurement, fingerprints)
+
+    chosen = make_backend(backend)
+    window_nbytes = _window_nbytes(memory)
+    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+        check_buffers(plan, files)
+        layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
+        with CheckpointWriter(target, shards, overwrite=overwrite) as writer:
+            layers.copy(writer)
+            layers.merge(writer)
+            if layers.is_measured:
+                trust.check_any_change(plan.labels, norms_of(layers.gram.sum(axis=0)), plan.base.path)
+            _check_unchanged(plan, fingerprints)
+            report = _report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
+            for name, content in companions:
+                writer.add_file(name, content)
+            if not is_file_target(target):
+                writer.add_file("README.md", model_card(report).encode())
+            writer.add_file("metagpt_fast.json", report_json(report).encode())
+            writer.finish()
+    if measurement is not None and gram is None and layers.is_measured:
+        _measurement(plan, layers.gram, fingerprints).save(measurement)
+    return report
+
+
+def plan_merge(
+    base: str | Path,
+    models: Sequence[str | Path],
+    *,
+    method: str = "metagpt",
+    granularity: str = "model",
+    exponent: float | None = None,
+    coefficients: float | Sequence[float] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    dtype: str = "keep",
+    exclude: str | None = None,
+) -> MergePlan:
+    """Return what :func:`merge` with these arguments will do. Reads headers only, writes nothing.
+
+    Raises:
+        CheckpointError, PlanError, RecipeError: as :func:`merge`.
+    """
+    recipe = make_recipe(
+        base,
+        models,
+        method=method,
+        granularity=granularity,
+        exponent=exponent,
+        coefficients=coefficients,
+        parameters=parameters,
+        dtype=dtype,
+        exclude=exclude,
+    )
+    return _open_and_plan(recipe)
+
+
+def plan_output(
+    plan: MergePlan, target: Path, max_shard_size: str | int = DEFAULT_SHARD_SIZE, *, overwrite: bool = False
+) -> tuple[OutputShard, ...]:
+    """Return the files that the output will have, after checking that it can be written.
+
+    Raises:
+        OutputError: the target exists, is an input, is not writable, or has too little free space.
+        RecipeError: ``max_shard_size`` is no size.
+    """
+    limit = parse_nbytes(max_shard_size, where="max_shard_size")
+    if is_file_target(target):
+        limit = 2**63 - 1
+    shards = plan_shards([tensor.output for tensor in plan.tensors], limit)
+    check_target(
+        target,
+        nbytes_needed=sum(shard.nbytes for shard in shards),
+        inputs=input_paths(plan),
+        overwrite=overwrite,
+    )
+    return shards
+
+
+def measure(
+    base: str | Path,
+    models: Sequence[str | Path],
+    *,
+    exclude: str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    progress: Progress | None = None,
+) -> Measurement:
+    """Measure task vectors: one read of base and models, nothing written.
+
+    Returns:
+        The Gram matrix of ``[θ₀, τ_1 ... τ_T]`` per tensor, with norms, cosines and MetaGPT's coefficients; ``save``
+        makes the file that :func:`merge` takes as ``measurement``.
+
+    Raises:
+        CheckpointError, PlanError, RecipeError, DataError, BackendError: as :func:`merge`.
+    """
+    plan = _open_and_plan(make_recipe(base, models, exclude=exclude))
+    fingerprints = _fingerprints(plan)
+    chosen = make_backend(backend)
+    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+        layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
+        layers.measure()
+    _check_unchanged(plan, fingerprints)
+    return _measurement(plan, layers.gram, fingerprints)
+
+
+def check_buffers(plan: MergePlan, files: InputFiles) -> None:
+    """Compare the integer tensors of all checkpoints; raises PlanError where a model's differ from the base's."""
+    for base, sources in plan.buffers:
+        for label, source in zip(plan.labels, sources, strict=True):
+            same = source.dtype is base.dtype and source.nbytes == base.nbytes
+            for first in range(0, base.nbytes if same else 0, _COMPARE_NBYTES):
+                count = min(_COMPARE_NBYTES, base.nbytes - first)
+                if files.read(base, first, count) != files.read(source, first, count):
+                    same = False
+                    break
+            if not same:
+                raise PlanError(
+                    f"integer tensor {brief(base.name)} of {label} differs from the base's",
+                    where=source.path,
+                    got="other values" if source.dtype is base.dtype else source.dtype.name,
+                    expected=f"the same {base.dtype.name} values as in {base.path}: integers cannot be merged",
+                    hint=f"take the base's with --exclude '{base.name}'; "
+                    "weights quantized to integers have to be converted to bf16 first",
+                )
+
+
+def _open_and_plan(recipe: Recipe) -> MergePlan:
+    return make_plan(recipe, open_checkpoint(recipe.base), [open_checkpoint(path) for path in recipe.models])
+
+
+def _shard_paths(plan: MergePlan) -> Iterator[Path]:
+    for checkpoint in (plan.base, *plan.models):
+        for shard in checkpoint.shards:
+            yield shard.path
+
+
+def _fingerprints(plan: MergePlan) -> tuple[list[dict[str, Any]], ...]:
+    return tuple(checkpoint.fingerprint() for checkpoint in (plan.base, *plan.models))
+
+
+def _check_unchanged(plan: MergePlan, fingerprints: Sequence[list[dict[str, Any]]]) -> None:
+    """Raise if a file was replaced while it was read; ``fingerprint`` itself raises if size or time changed."""
+    for checkpoint, before in zip((plan.base, *plan.models), fingerprints, strict=True):
+        if checkpoint.fingerprint() != before:
+            raise DataError("the files changed while they were read", where=checkpoint.path)
+
+
+def _load_gram(
+    plan: MergePlan, measurement: str | Path | None, fingerprints: Sequence[list[dict[str, Any]]]
+) -> FloatArray | None:
+    if measurement is None or not plan.recipe.method.needs_measurement or not os.path.lexists(measurement):
+        return None
+    names = [tensor.name for tensor in plan.merged]
+    return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
+
+
+def _measurement(plan: MergePlan, gram: FloatArray, fingerprints: tuple[list[dict[str, Any]], ...]) -> Measurement:
+    return Measurement(
+        base=str(plan.base.path),
+        models=tuple(str(model.path) for model in plan.models),
+        labels=plan.labels,
+        names=tuple(tensor.name for tensor in plan.merged),
+        numels=np.array([tensor.numel for tensor in plan.merged], np.int64),
+        layers=tuple(tensor.layer for tensor in plan.merged),
+        gram=gram,
+        fingerprints=fingerprints,
+    )
+
+
+def _window_nbytes(memory: str | int) -> int:
+    # Three batches may be mapped at a time: one at work, one waiting to be released, one being released.
+    return min(parse_memory(memory) // 3, _MAX_WINDOW_NBYTES)
+
+
+def _check_io(io: str) -> str:
+    if io not in IO_CHOICES:
+        from .errors import RecipeError
+
+        raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+    return io
+
+
+@contextmanager
+def _num_threads(threads: int | None) -> Iterator[None]:
+    """Run with this number of threads, then return to the default."""
+    if threads is None:
+        _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
+        yield
+        return
+    if threads < 1:
+        _native.set_num_threads(-1)
+    _native.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        _native.set_num_threads(0)
+
+
+def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
+    warnings: list[str] = []
+    if layers.is_measured:
+        total = layers.gram.sum(axis=0)
+        warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
+    warnings += trust.share_warnings(plan.labels, layers.coefficients)
+    for name, count in layers.num_nonfinite.items():
+        warnings.append(
+            f"{count} elements of tensor {brief(name)} are too large for the output dtype and became Inf; "
+            "use --dtype bf16 or f32"
+        )
+    return (*warnings, *warnings_for(plan.base))
+
+
+def _report(
+    plan: MergePlan,
+    target: Path,
+    shards: Sequence[OutputShard],
+    layers: LayerPass,
+    files: InputFiles,
+    backend: Backend,
+    fingerprints: Sequence[list[dict[str, Any]]],
+    measurement_reused: bool,
+    started: float,
+) -> MergeReport:
+    recipe = plan.recipe
+    total = layers.gram.sum(axis=0)
+    checkpoints: tuple[Checkpoint, ...] = (plan.base, *plan.models)
+    return MergeReport(
+        out=target,
+        base=str(plan.base.path),
+        models=tuple(str(model.path) for model in plan.models),
+        labels=plan.labels,
+        method=recipe.method.name,
+        parameters=recipe.method.parameters(),
+        granularity=recipe.granularity,
+        exclude=recipe.exclude.pattern if recipe.exclude else None,
+        out_dtype=recipe.out_dtype.name.lower() if recipe.out_dtype else "keep",
+        scopes=tuple(scope.name for scope in plan.scopes),
+        coefficients=layers.coefficients,
+        norms=norms_of(total) if layers.is_measured else None,
+        cosines=cosines_of(total) if layers.is_measured else None,
+        base_norm=float(np.sqrt(total[0, 0])) if layers.is_measured else None,
+        warnings=_warnings(plan, layers),
+        num_tensors=len(plan.tensors),
+        num_copied=len(plan.copied) + layers.num_unchanged,
+        num_parameters=plan.num_parameters,
+        nbytes_read=layers.nbytes_read,
+        nbytes_written=layers.nbytes_written,
+        seconds=time.perf_counter() - started,
+        seconds_measure=layers.seconds_measure,
+        seconds_combine=layers.seconds_combine,
+        backend=backend.name,
+        isa=_native.isa(),
+        num_threads=_native.num_threads(),
+        io=files.io,
+        measurement_reused=measurement_reused,
+        fingerprints={str(c.path): f for c, f in zip(checkpoints, fingerprints, strict=True)},
+        versions={
+            "metagpt_fast": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        shards=tuple(shard.file_name for shard in shards),
+    )

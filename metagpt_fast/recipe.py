@@ -1,0 +1,107 @@
+"""What to merge and how, from the arguments of ``merge()``: every value checked before a file is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .dtypes import DType, parse_output_dtype
+from .errors import RecipeError
+from .methods import Method, make_method
+from .quantities import parse_nbytes
+
+GRANULARITIES = ("model", "layer", "tensor")
+MIN_MEMORY_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One merge, as asked for.
+
+    Attributes:
+        base: the base model's folder or file.
+        models: the fine-tuned models', at least one.
+        method: the method with its parameters.
+        granularity: over what a Gram matrix is summed before solve: ``model``, ``layer`` or ``tensor``.
+        out_dtype: dtype of every merged tensor; None keeps the base's, tensor by tensor.
+        exclude: tensors whose names this finds are copied from the base and not measured.
+    """
+
+    base: Path
+    models: tuple[Path, ...]
+    method: Method
+    granularity: str = "model"
+    out_dtype: DType | None = None
+    exclude: re.Pattern[str] | None = None
+
+
+def make_recipe(
+    base: str | Path,
+    models: Sequence[str | Path],
+    *,
+    method: str = "metagpt",
+    granularity: str = "model",
+    exponent: float | None = None,
+    coefficients: float | Sequence[float] | None = None,
+    parameters: Mapping[str, object] | None = None,
+    dtype: str = "keep",
+    exclude: str | None = None,
+) -> Recipe:
+    """Return the recipe for these arguments, which are those of :func:`metagpt_fast.merge`.
+
+    Raises:
+        RecipeError: a value cannot be used, or a parameter is given twice.
+    """
+    if isinstance(models, (str, Path)):
+        raise RecipeError("models", got=repr(str(models)), expected="a list of folders or files")
+    if not models:
+        raise RecipeError("no models were given", where="models", expected="at least one fine-tuned model")
+    chosen: dict[str, object] = dict(parameters or {})
+    for name, value in (("exponent", exponent), ("coefficients", coefficients)):
+        if value is None:
+            continue
+        if name in chosen:
+            raise RecipeError("parameter is given twice", where=name, hint=f"leave {name} out of the parameters")
+        chosen[name] = value
+    made = make_method(method, chosen)
+    made.check_num_models(len(models))
+    if granularity not in GRANULARITIES:
+        raise RecipeError(
+            "unknown granularity",
+            where="granularity",
+            got=repr(granularity),
+            expected=", ".join(GRANULARITIES),
+        )
+    return Recipe(
+        base=Path(base),
+        models=tuple(Path(model) for model in models),
+        method=made,
+        granularity=granularity,
+        out_dtype=parse_output_dtype(dtype),
+        exclude=parse_pattern(exclude),
+    )
+
+
+def parse_pattern(exclude: str | None) -> re.Pattern[str] | None:
+    """Compile the pattern of ``--exclude``; raises RecipeError for one that is no regular expression."""
+    if exclude is None:
+        return None
+    try:
+        return re.compile(exclude)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RecipeError(
+            f"not a regular expression ({error})",
+            where="exclude",
+            got=repr(exclude),
+            hint="Python's syntax, found anywhere in the tensor's name: 'lm_head|embed_tokens'",
+        ) from error
+
+
+def parse_memory(memory: str | int) -> int:
+    """Return the bytes of ``--memory``; raises RecipeError for no size, or one below 64 MiB."""
+    nbytes = parse_nbytes(memory, where="memory")
+    if nbytes < MIN_MEMORY_NBYTES:
+        raise RecipeError("too little memory", where="memory", got=f"{nbytes} bytes", expected="at least 64MiB")
+    return nbytes

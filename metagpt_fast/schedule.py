@@ -1,0 +1,135 @@
+"""In which order the bytes are read: rounds of scopes, cut into batches that fit the memory window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ._native import SPAN_NUMEL
+from .checkpoint import TensorSource
+from .input_files import FileRange
+from .plan import LayerPlan, TensorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements ``[first, first + numel)`` of one tensor; ``row`` is its row in the Gram matrices."""
+
+    row: int
+    tensor: TensorPlan
+    first: int
+    numel: int
+
+    def ranges(self) -> Iterator[FileRange]:
+        """Yield the parts of the input files that hold these elements, base first."""
+        for source in sources_of(self.tensor):
+            itemsize = source.dtype.itemsize
+            yield source.path, source.data_offset + self.first * itemsize, self.numel * itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the piece in base and models."""
+        return self.numel * sum(source.dtype.itemsize for source in sources_of(self.tensor))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pieces that are in memory together."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all pieces in base and models."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def ranges(self) -> list[FileRange]:
+        """Return the parts of the input files that the batch reads, neighbours joined, by file and offset."""
+        joined: list[FileRange] = []
+        for path, offset, nbytes in sorted(part for piece in self.pieces for part in piece.ranges()):
+            if joined and joined[-1][0] == path and joined[-1][1] + joined[-1][2] == offset:
+                joined[-1] = (path, joined[-1][1], joined[-1][2] + nbytes)
+            else:
+                joined.append((path, offset, nbytes))
+        return joined
+
+
+@dataclass(frozen=True)
+class Step:
+    """One action: measure or combine a batch, or solve scopes once all their batches are measured."""
+
+    action: Literal["measure", "solve", "combine"]
+    batch: Batch | None = None
+    scopes: tuple[int, ...] = ()
+
+
+def sources_of(tensor: TensorPlan) -> tuple[TensorSource, ...]:
+    """Return base and models of a merged tensor."""
+    return (tensor.base, *tensor.models)
+
+
+def make_schedule(scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: bool, combine: bool) -> list[Step]:
+    """Return the steps of a merge.
+
+    A round is a run of scopes that fit the window together, or one larger scope. Its batches are measured in order,
+    then its scopes are solved, then its batches are combined in reverse order, so that what is still in memory, or
+    in the page cache, comes first. With one scope (granularity ``model``) this is two passes over the files, with
+    many small ones it is one pass.
+
+    Args:
+        scopes: what coefficients are solved for; together all merged tensors, in the order of the Gram matrices.
+        window_nbytes: bytes of base and models that may be mapped at a time.
+        measure: whether Gram matrices are needed; without, batches are combined in order.
+        combine: whether an output is written.
+    """
+    steps: list[Step] = []
+    for first_scope, first_row, members in _rounds(scopes, window_nbytes):
+        tensors = [tensor for scope in members for tensor in scope.tensors]
+        batches = list(_batches(tensors, first_row, window_nbytes))
+        if measure:
+            steps += [Step("measure", batch) for batch in batches]
+            batches.reverse()
+        if combine:
+            steps.append(Step("solve", scopes=tuple(range(first_scope, first_scope + len(members)))))
+            steps += [Step("combine", batch) for batch in batches]
+    return steps
+
+
+def _rounds(scopes: Sequence[LayerPlan], window_nbytes: int) -> Iterator[tuple[int, int, list[LayerPlan]]]:
+    """Yield the first scope's number, the first tensor's row, and the scopes of each round."""
+    members: list[LayerPlan] = []
+    first_scope = first_row = next_row = nbytes = 0
+    for number, scope in enumerate(scopes):
+        scope_nbytes = sum(source.nbytes for tensor in scope.tensors for source in sources_of(tensor))
+        if members and nbytes + scope_nbytes > window_nbytes:
+            yield first_scope, first_row, members
+            members, first_scope, first_row, nbytes = [], number, next_row, 0
+        members.append(scope)
+        nbytes += scope_nbytes
+        next_row += len(scope.tensors)
+    if members:
+        yield first_scope, first_row, members
+
+
+def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) -> Iterator[Batch]:
+    """Yield batches of at most the window; a tensor is cut at multiples of SPAN_NUMEL, which keeps the sums' bits."""
+    pieces: list[Piece] = []
+    free = window_nbytes
+    for row, tensor in enumerate(tensors, start=first_row):
+        element_nbytes = sum(source.dtype.itemsize for source in sources_of(tensor))
+        first, numel = 0, tensor.numel
+        while first < numel:
+            fitting = numel - first
+            if fitting * element_nbytes > free:
+                fitting = free // element_nbytes // SPAN_NUMEL * SPAN_NUMEL
+                if fitting == 0 and pieces:
+                    yield Batch(tuple(pieces))
+                    pieces, free = [], window_nbytes
+                    continue
+                fitting = min(max(fitting, SPAN_NUMEL), numel - first)
+            pieces.append(Piece(row, tensor, first, fitting))
+            free -= fitting * element_nbytes
+            first += fitting
+    if pieces:
+        yield Batch(tuple(pieces))
