@@ -1,0 +1,314 @@
+"""The ``metagpt-fast`` command: arguments and help; the work is in the modules it calls.
+
+Everything but click is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from .cli_errors import ReportingGroup, run_and_exit
+from .cli_options import (
+    AssignmentType,
+    NumbersType,
+    SectionCommand,
+    SizeType,
+    assignments_to_dict,
+    display_options,
+    exclude_option,
+    input_arguments,
+    json_option,
+    option,
+    speed_options,
+)
+
+_EPILOG = """\b
+Exit status: 0 done, 1 a problem with the work, 2 wrong usage, 130 Ctrl-C.
+
+\b
+Environment:
+  METAGPT_FAST_ISA      kernels: scalar, avx2, avx512 or neon [the best]
+  METAGPT_FAST_THREADS  threads where --threads is not given [all cores]
+  METAGPT_FAST_DEBUG    1 shows the traceback of an error
+  NO_COLOR              any value turns colours off
+"""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    run_and_exit(lambda: cli(prog_name="metagpt-fast"))
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from ._version import __version__
+
+        click.echo(f"metagpt-fast {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=ReportingGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    epilog=_EPILOG,
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version.",
+)
+def cli() -> None:
+    """Merge fine-tuned LLM checkpoints that share a base model, at the speed of the disk.
+
+    \b
+    Try it:    metagpt-fast demo
+    Merge:     metagpt-fast merge base chat math code -o merged
+    Look:      metagpt-fast measure base chat math code
+
+    Each command explains itself: metagpt-fast merge --help
+    """  # noqa: D301
+
+
+@cli.command(
+    "merge",
+    cls=SectionCommand,
+    usage="[OPTIONS] BASE MODEL [MODEL ...] -o OUT",
+    short_help="Merge fine-tuned models into one checkpoint.",
+)
+@input_arguments
+@option(
+    "Output",
+    "--out",
+    "-o",
+    required=True,
+    metavar="OUT",
+    help="Folder to make; or a name that ends in .safetensors, for one bare file.",
+)
+@option(
+    "Output",
+    "--dtype",
+    type=click.Choice(["keep", "bf16", "f16", "f32", "f64"]),
+    default="keep",
+    help="Dtype of the merged tensors; keep takes the base's.",
+)
+@option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
+@option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
+@option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan, write nothing.")
+@option(
+    "Method",
+    "--method",
+    metavar="NAME",
+    default="metagpt",
+    help="metagpt: λ from the norms. task_arithmetic: λ as given, or 0.3 each. linear: weighted average of the models.",
+)
+@option(
+    "Method",
+    "--granularity",
+    type=click.Choice(["model", "layer", "tensor"]),
+    default="model",
+    help="What one λ per model is computed over. model is the paper's and reads the files twice; "
+    "layer and tensor read them once.",
+)
+@option(
+    "Method",
+    "--exponent",
+    type=float,
+    metavar="P",
+    help="metagpt: λ_t ∝ ‖τ_t‖^P. 2 is the paper's, 0 the average, below 0 favours small changes.  [default: 2]",
+)
+@option(
+    "Method",
+    "--coefficients",
+    type=NumbersType(),
+    metavar="λ1,λ2,...",
+    help="One λ per MODEL, in their order, for methods that take them as given.",
+)
+@option(
+    "Method",
+    "--set",
+    "parameters",
+    type=AssignmentType(),
+    callback=assignments_to_dict,
+    metavar="PARAMETER=VALUE",
+    multiple=True,
+    help="Any other parameter of the method; may be repeated.",
+)
+@exclude_option("Method")
+@option(
+    "Method",
+    "--measurement",
+    metavar="FILE",
+    help="Norms and cosines of these models: used if FILE exists (saves reading the files once), "
+    "written if it does not.",
+)
+@speed_options
+@display_options
+def merge_command(
+    base: str,
+    models: tuple[str, ...],
+    out: str,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Merge MODELs, all fine-tuned from BASE, into a checkpoint at OUT.
+
+    \b
+        metagpt-fast merge Llama-2-7b Llama-2-7b-chat MAmmoTH-7B -o merged
+
+    BASE and each MODEL are a Hugging Face folder with safetensors files, or one .safetensors file. OUT gets
+    the merged shards, BASE's config and tokenizer, a model card, and metagpt_fast.json with every number
+    printed here.
+
+    Each model's change from the base, its task vector τ_t = θ_t − θ₀, is scaled and added to the base.
+    MetaGPT takes the scaling coefficients from the weights alone, without data or search:
+
+    \b
+        θ_merged = θ₀ + Σ_t λ_t τ_t        λ_t = ‖θ_t − θ₀‖² / Σ_k ‖θ_k − θ₀‖²
+
+    See the plan, take λ per layer (reads the files once), choose λ yourself, keep what was measured:
+
+    \b
+        metagpt-fast merge base chat math -o out --dry-run
+        metagpt-fast merge base chat math -o out --granularity layer
+        metagpt-fast merge base chat math -o out \\
+            --method task_arithmetic --coefficients 0.4,0.6
+        metagpt-fast merge base chat math -o out --measurement measured.json
+    """  # noqa: D301
+    if dry_run:
+        _dry_run(base, models, out, as_json=as_json, settings=settings)
+        return
+    from .console import print_json, print_warnings
+    from .merging import merge
+    from .progress import open_progress
+
+    with open_progress(quiet=quiet) as progress:
+        report = merge(base, list(models), out, progress=progress, **settings)
+    if as_json:
+        print_json(report.to_dict())
+        print_warnings(report.warnings)
+        return
+    from .tables import print_report
+
+    print_report(report)
+
+
+def _dry_run(base: str, models: tuple[str, ...], out: str, *, as_json: bool, settings: dict[str, Any]) -> None:
+    from .merging import plan_merge, plan_output
+
+    recipe = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
+    plan = plan_merge(base, list(models), **recipe)
+    shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
+    if as_json:
+        from .console import print_json
+
+        files = [{"name": shard.file_name, "nbytes": shard.nbytes} for shard in shards]
+        print_json({**plan.to_dict(), "out": out, "shards": files})
+        return
+    from .tables import print_plan
+
+    print_plan(plan, shards, out)
+
+
+@cli.command(
+    "measure",
+    cls=SectionCommand,
+    usage="[OPTIONS] BASE MODEL [MODEL ...]",
+    short_help="Norms, cosines and coefficients of fine-tuned models.",
+)
+@input_arguments
+@option("Output", "--out", "-o", metavar="FILE.json", help="Save it, for merge --measurement FILE.json.")
+@exclude_option("Output")
+@speed_options
+@display_options
+def measure_command(
+    base: str, models: tuple[str, ...], out: str | None, as_json: bool, quiet: bool, **settings: Any
+) -> None:
+    """Measure how far each MODEL moved from BASE, and in which directions, without merging.
+
+    \b
+        metagpt-fast measure base chat math code -o measured.json
+
+    Reads every file once and prints ‖τ_t‖, the cosines between the task vectors τ_t = θ_t − θ₀, and the
+    coefficients that merge would use. Cosines near 0 are what MetaGPT assumes; near 1, two models learned
+    the same. With -o the numbers are saved, and any later merge of these models, or of some of them, skips
+    this pass:
+
+    \b
+        metagpt-fast merge base chat math -o merged --measurement measured.json
+    """  # noqa: D301
+    from .console import print_json, print_warnings
+    from .merging import measure
+    from .progress import open_progress
+
+    with open_progress(quiet=quiet) as progress:
+        measurement = measure(base, list(models), progress=progress, **settings)
+    if out is not None:
+        measurement.save(out)
+    if as_json:
+        print_json(measurement.to_dict())
+        print_warnings(measurement.warnings())
+        return
+    from .tables import print_measurement
+
+    print_measurement(measurement, saved_to=out)
+
+
+@cli.command("info", cls=SectionCommand, short_help="Versions, processor, memory, GPUs, backends and why not.")
+@json_option
+def info_command(as_json: bool) -> None:
+    """Show what this machine offers and what metagpt-fast will use.
+
+    \b
+        metagpt-fast info
+        METAGPT_FAST_ISA=scalar metagpt-fast info
+    """  # noqa: D301
+    from .info import collect
+
+    if as_json:
+        from .console import print_json
+
+        print_json(collect())
+        return
+    from .tables import print_info
+
+    print_info(collect())
+
+
+@cli.command(
+    "demo",
+    cls=SectionCommand,
+    usage="[OPTIONS] [DIR]",
+    short_help="Make a small base and three fine-tunes, merge them, show the result.",
+)
+@click.argument("folder", metavar="[DIR]", required=False)
+@option(
+    "Options",
+    "--size",
+    type=click.Choice(["tiny", "demo", "1.1b"]),
+    default="demo",
+    help="tiny: under 1 MB per model. demo: 150 MB. 1.1b: 2.2 GB, the shape of TinyLlama.",
+)
+@option("Options", "--quiet", "-q", is_flag=True, help="No progress; results still show.")
+def demo_command(folder: str | None, size: str, quiet: bool) -> None:
+    """Make a small family of checkpoints, merge it, check the result and show the numbers.
+
+    \b
+        metagpt-fast demo
+        metagpt-fast demo my-family --size tiny
+
+    The family is a Llama-shaped base and three fine-tunes of it with random weights: it shows the mechanics
+    and the speed, not the quality of a merge. It is made in a temporary folder and removed, or kept in DIR.
+    """  # noqa: D301
+    from .demo import run_demo
+
+    run_demo(folder, size=size, quiet=quiet)
