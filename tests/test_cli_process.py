@@ -1,0 +1,112 @@
+"""The command as a process of its own: start-up, exit statuses, signals, pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metagpt_fast.family import PRESETS, make_family
+
+REPOSITORY = Path(__file__).parents[1]
+BASIC = ["merge", "base", "chat", "math", "-o", "out"]
+
+
+def spawn(code_or_module, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *code_or_module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+        check=False,
+    )
+
+
+HEAVY = ("numpy", "rich", "torch", "safetensors", "triton", "transformers")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"]])
+def test_help_and_version_start_without_the_heavy_modules(arguments):
+    code = (
+        "import sys\nfrom metagpt_fast.cli import cli\n"
+        f"try: cli({arguments!r}, prog_name='metagpt-fast')\n"
+        f"except SystemExit: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    result = spawn(["-c", code])
+    assert result.stderr == "[]\n"
+    assert "metagpt-fast" in result.stdout
+
+
+def test_help_answers_at_once():
+    def seconds():
+        started = time.perf_counter()
+        assert spawn(["-m", "metagpt_fast"], "--help").returncode == 0
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 0.3
+
+
+def test_statuses_of_the_real_process(tmp_path):
+    assert spawn(["-m", "metagpt_fast"], "merge").returncode == 2
+    missing = str(tmp_path / "missing")
+    result = spawn(["-m", "metagpt_fast"], "merge", missing, missing, "-o", str(tmp_path / "out"), "--json")
+    assert result.returncode == 1
+    assert "missing" in json.loads(result.stdout)["message"]
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = [sys.executable, "-m", "metagpt_fast", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_through_the_clean_up(tmp_path, signum, status):
+    marker = tmp_path / "cleaned"
+    code = f"""
+import sys, time, types
+fake = types.ModuleType("metagpt_fast.merging")
+def merge(*arguments, **settings):
+    try:
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+    finally:
+        open({str(marker)!r}, "w").close()
+fake.merge = merge
+sys.modules["metagpt_fast.merging"] = fake
+sys.argv[1:] = {BASIC!r}
+from metagpt_fast.cli import main
+main()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stderr.readline() == "ready\n"
+        process.send_signal(signum)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == status
+    assert marker.exists()
+
+
+def test_a_merge_imports_no_torch(tmp_path):
+    preset = PRESETS["tiny"]
+    family = make_family(tmp_path, shape=preset.shape, max_shard_nbytes=preset.max_shard_nbytes, seed=0)
+    arguments = ["merge", str(family.base), *map(str, family.models), "-o", str(tmp_path / "out")]
+    code = (
+        "import sys\nfrom metagpt_fast.cli import cli\n"
+        f"try: cli({arguments!r}, prog_name='metagpt-fast')\n"
+        "except SystemExit as end: print(end.code, [name for name in ('torch', 'triton', 'transformers') "
+        "if name in sys.modules])"
+    )
+    assert spawn(["-c", code]).stdout.endswith("\n0 []\n")
+    assert (tmp_path / "out" / "model.safetensors").exists()

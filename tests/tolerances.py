@@ -1,0 +1,41 @@
+"""How far results may be from the float64 reference, and why. A merge has no tolerance: it is bit-exact."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_NUMEL = 4096  # elements that fp32 lanes sum before fp64 takes over
+NUM_LANES = 16
+UNIT_ROUNDOFF_F32 = 2.0**-24
+
+# What holds for every input whose sums stay in the range of fp32 (the kernels redo other blocks in fp64).
+# Per entry: each of the two deltas is rounded once (2 u); a lane adds 4096 / 16 = 256 products with an fma,
+# which rounds partial sums that Σ|v_i v_j| bounds (256 u); at most 4 more roundings if the 16 lanes are added
+# in fp32; everything across blocks is fp64 and free at this scale. By Cauchy-Schwarz
+# Σ|v_i v_j| <= sqrt(G_ii G_jj), so relative to that the error is at most 262 u, and 1 % for the terms in u².
+GRAM_BOUND = (2 + BLOCK_NUMEL // NUM_LANES + 4) * UNIT_ROUNDOFF_F32 * 1.01
+
+# What the contract promises for weights: there the 256 roundings of a lane have random signs, and lanes and
+# blocks average them further: random tensors stay below 5e-7 (bf16; 1.5e-7 in fp32). Equal values, whose
+# roundings all go the same way, reach 3.1e-6.
+GRAM_RANDOM = 1e-6
+
+# F64 among the operands: deltas and sums are fp64. Additions one after the other are bounded by 4096 · 2^-53
+# = 5e-13 in a block and about as much across blocks; random signs leave far less.
+GRAM_F64 = 1e-12
+
+
+def gram_scale(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return sqrt(G_ii G_jj), what errors are relative to; roots first, as the products may overflow."""
+    norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    scale: NDArray[np.float64] = norms[..., :, None] * norms[..., None, :]
+    return scale
+
+
+def gram_error(actual: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Return the largest error of the finite entries relative to sqrt(G_ii G_jj); 0 where both are 0."""
+    with np.errstate(all="ignore"):
+        error = np.abs(actual - expected)
+        relative = np.where(error == 0, 0.0, error / gram_scale(expected))
+    return float(np.max(relative[np.isfinite(expected)], initial=0.0))
