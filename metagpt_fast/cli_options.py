@@ -154,7 +154,7 @@ def speed_options(function: F) -> F:
             "--backend",
             type=click.Choice(["auto", "cpu", "reference"]),
             default="auto",
-            help="cpu: SIMD kernels. reference: NumPy, slow, the same bits.",
+            help="cpu: SIMD kernels. reference: NumPy, slow, for checking.",
         ),
         option(
             section,

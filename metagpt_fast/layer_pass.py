@@ -120,7 +120,7 @@ class LayerPass:
         following = _following(batches)
         phase = _Phases(self._progress, self._plan, steps)
         if batches and (first := next(filter(None, batches), None)):
-            self._files.prefetch(first.ranges())
+            self._files.prefetch(first.ranges)
         for number, step in enumerate(steps):
             started = time.perf_counter()
             coming = following[number]
@@ -128,7 +128,7 @@ class LayerPass:
                 self._solve(step.scopes)
                 continue
             if coming is not None and coming is not step.batch:
-                self._files.prefetch(coming.ranges())
+                self._files.prefetch(coming.ranges)
             if step.action == "measure":
                 self._measure(step.batch)
                 self.seconds_measure += time.perf_counter() - started
@@ -137,7 +137,7 @@ class LayerPass:
                 self._combine(step.batch, writer)
                 self.seconds_combine += time.perf_counter() - started
             if coming is not step.batch:
-                self._files.release(step.batch.ranges())
+                self._files.release(step.batch.ranges)
             phase.done(step)
         if any(step.action == "measure" for step in steps):
             self.is_measured = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import trust
-from .errors import MeasurementError
+from .errors import CheckpointError, MeasurementError
 from .methods import MetaGPT
-from .untrusted import brief, parse_json_object
+from .untrusted import brief, open_regular, parse_json_object, read_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -111,13 +113,15 @@ class Measurement:
             MeasurementError: the file cannot be written.
         """
         path = Path(path)
-        staging = path.with_name(f".{path.name}.partial")
+        check_writable(path)
+        staging = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
         try:
             staging.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
             staging.replace(path)
         except OSError as error:
-            staging.unlink(missing_ok=True)
             raise MeasurementError(f"cannot write the measurement ({error.strerror})", where=path) from error
+        finally:
+            staging.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Measurement:
@@ -158,6 +162,21 @@ class Measurement:
         return selected
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise MeasurementError unless a measurement can be saved under this name."""
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        problem, hint = "it is a folder", "give the name of a file"
+    elif not folder.is_dir():
+        problem, hint = f"there is no folder {folder}", "make the folder first"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        problem, hint = f"no permission to write in {folder}", "choose another place"
+    else:
+        return
+    raise MeasurementError(f"cannot write the measurement ({problem})", where=path, hint=hint)
+
+
 def norms_of(gram: FloatArray) -> FloatArray:
     """Return ‖τ_t‖, float64 ``[T]``, from the Gram matrix of ``[θ₀, τ_1 ... τ_T]``."""
     norms: FloatArray = np.sqrt(np.diagonal(gram)[1:])
@@ -183,15 +202,13 @@ def _stale(which: str, measured: str, where: object) -> MeasurementError:
 
 def _load(path: Path) -> Measurement:
     try:
-        if path.stat().st_size > MAX_FILE_NBYTES:
-            raise MeasurementError("too large for a measurement", where=path, expected="at most 1 GiB")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise MeasurementError(f"cannot read the measurement ({error.strerror})", where=path) from error
-    try:
+        with open_regular(path) as (fd, info):
+            if info.st_size > MAX_FILE_NBYTES:
+                raise MeasurementError("too large for a measurement", where=path, expected="at most 1 GiB")
+            raw = read_at(fd, info.st_size, 0)
         content = parse_json_object(raw, path, "measurement")
-    except Exception as error:
-        raise MeasurementError(f"not a measurement ({error})", where=path) from error
+    except CheckpointError as error:
+        raise MeasurementError(f"no measurement: {error.what}", where=path, got=error.got) from error
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise MeasurementError(
             "not a measurement of this version",
@@ -215,9 +232,15 @@ def _from_dict(content: dict[str, Any]) -> Measurement:
     fingerprints = content["fingerprints"]
     num_vectors = 1 + len(models)
     upper = np.triu_indices(num_vectors)
-    packed = np.array([tensor["gram"] for tensor in tensors], np.float64).reshape(len(tensors), -1)
+    packed = np.array([tensor["gram"] for tensor in tensors], np.float64)
     if packed.shape != (len(tensors), upper[0].size) or not tensors:
         raise ValueError(f"gram: expected {upper[0].size} numbers per tensor")
+    numels = np.array([tensor["numel"] for tensor in tensors], np.int64)
+    if numels.ndim != 1 or (numels < 0).any():
+        raise ValueError("numel: expected one count per tensor")
+    names = _strings([tensor["name"] for tensor in tensors])
+    if len(set(names)) != len(names):
+        raise ValueError("name: expected every tensor once")
     gram = np.zeros((len(tensors), num_vectors, num_vectors))
     gram[:, upper[0], upper[1]] = packed
     gram[:, upper[1], upper[0]] = packed
@@ -232,8 +255,8 @@ def _from_dict(content: dict[str, Any]) -> Measurement:
         base=_strings([content["base"]])[0],
         models=models,
         labels=labels,
-        names=_strings([tensor["name"] for tensor in tensors]),
-        numels=np.array([tensor["numel"] for tensor in tensors], np.int64),
+        names=names,
+        numels=numels,
         layers=_strings([tensor["layer"] for tensor in tensors]),
         gram=gram,
         fingerprints=tuple(fingerprints),

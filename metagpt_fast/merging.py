@@ -20,8 +20,8 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .errors import DataError, PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .layer_pass import LayerPass, Progress
-from .measurement import Measurement, cosines_of, norms_of
-from .plan import MergePlan, input_paths, make_plan
+from .measurement import Measurement, check_writable, cosines_of, norms_of
+from .plan import MergePlan, exclude_hint, input_paths, make_plan
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
 from .report import MergeReport
@@ -243,8 +243,7 @@ def check_buffers(plan: MergePlan, files: InputFiles) -> None:
                     where=source.path,
                     got="other values" if source.dtype is base.dtype else source.dtype.name,
                     expected=f"the same {base.dtype.name} values as in {base.path}: integers cannot be merged",
-                    hint=f"take the base's with --exclude '{base.name}'; "
-                    "weights quantized to integers have to be converted to bf16 first",
+                    hint=f"{exclude_hint(base.name)}; weights quantized to integers have to be converted to bf16 first",
                 )
 
 
@@ -272,7 +271,10 @@ def _check_unchanged(plan: MergePlan, fingerprints: Sequence[list[dict[str, Any]
 def _load_gram(
     plan: MergePlan, measurement: str | Path | None, fingerprints: Sequence[list[dict[str, Any]]]
 ) -> FloatArray | None:
-    if measurement is None or not plan.recipe.method.needs_measurement or not os.path.lexists(measurement):
+    if measurement is None or not plan.recipe.method.needs_measurement:
+        return None
+    if not os.path.lexists(measurement):
+        check_writable(measurement)
         return None
     names = [tensor.name for tensor in plan.merged]
     return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
@@ -306,18 +308,16 @@ def _check_io(io: str) -> str:
 
 @contextmanager
 def _num_threads(threads: int | None) -> Iterator[None]:
-    """Run with this number of threads, then return to the default."""
+    """Run with this number of threads, then go back to what was set."""
+    before = _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
     if threads is None:
-        _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
         yield
         return
-    if threads < 1:
-        _native.set_num_threads(-1)
-    _native.set_num_threads(threads)
+    _native.set_num_threads(threads or -1)  # 0 would mean the default
     try:
         yield
     finally:
-        _native.set_num_threads(0)
+        _native.set_num_threads(before)
 
 
 def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:

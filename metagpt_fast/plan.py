@@ -246,7 +246,7 @@ def _matching(base: TensorSource, model: Checkpoint, label: str, base_checkpoint
             where=model.path,
             got=f"{len(model.tensors)} tensors",
             expected=f"every one of the {len(base_checkpoint.tensors)} of the base {base_checkpoint.path}",
-            hint=f"{_exclude_hint(base.name)}, or give the base that this model was fine-tuned from",
+            hint=f"{exclude_hint(base.name)}, or give the base that this model was fine-tuned from",
         )
     if found.shape != base.shape:
         is_vocabulary = bool(_VOCABULARY.search(base.name)) and found.shape[1:] == base.shape[1:]
@@ -258,7 +258,7 @@ def _matching(base: TensorSource, model: Checkpoint, label: str, base_checkpoint
             where=found.path,
             got=_shape(found.shape),
             expected=f"{_shape(base.shape)}, as in the base",
-            hint=_exclude_hint(_vocabulary_pattern(base_checkpoint) if is_vocabulary else base.name),
+            hint=_pattern_hint(_vocabulary_pattern(base_checkpoint)) if is_vocabulary else exclude_hint(base.name),
         )
     if is_integer(base.dtype) != is_integer(found.dtype):
         raise PlanError(
@@ -266,7 +266,7 @@ def _matching(base: TensorSource, model: Checkpoint, label: str, base_checkpoint
             where=found.path,
             got=found.dtype.name,
             expected=f"{base.dtype.name}, as in the base",
-            hint=_exclude_hint(base.name),
+            hint=exclude_hint(base.name),
         )
     return found
 
@@ -279,7 +279,7 @@ def _check_mergeable(source: TensorSource) -> None:
         where=source.path,
         got=source.dtype.name,
         expected="F32, F16, BF16 or F64",
-        hint=f"quantized and scaled formats have to be converted to bf16 first; {_exclude_hint(source.name)}",
+        hint=f"quantized and scaled formats have to be converted to bf16 first; {exclude_hint(source.name)}",
     )
 
 
@@ -297,7 +297,7 @@ def _check_no_extra(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoin
                 got=f"{brief(extra[0])}" + (f" and {len(extra) - 1} more" if len(extra) > 1 else ""),
                 expected=f"the tensors of the base {base.path}",
                 hint="leave them out of the output with --exclude "
-                f"{_quote(extra[0])}, or give the base that this model was fine-tuned from",
+                f"{_quote(_pattern_of(extra[0]))}, or give the base that this model was fine-tuned from",
             )
 
 
@@ -305,7 +305,17 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def _exclude_hint(pattern: str) -> str:
+def exclude_hint(name: str) -> str:
+    """Return the advice to take exactly this tensor from the base, ready for a shell."""
+    return _pattern_hint(_pattern_of(name))
+
+
+def _pattern_of(name: str) -> str:
+    """Return a pattern that finds this name and, as long as dots are dots, no other."""
+    return "^" + re.escape(name).replace("\\.", ".").replace("\\-", "-") + "$"
+
+
+def _pattern_hint(pattern: str) -> str:
     return f"take the base's with --exclude {_quote(pattern)}"
 
 

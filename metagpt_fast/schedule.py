@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from ._native import SPAN_NUMEL
@@ -39,16 +40,19 @@ class Batch:
 
     pieces: tuple[Piece, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Return the bytes of all pieces in base and models."""
         return sum(piece.nbytes for piece in self.pieces)
 
+    @cached_property
     def ranges(self) -> list[FileRange]:
         """Return the parts of the input files that the batch reads, neighbours joined, by file and offset."""
+        parts = [part for piece in self.pieces for part in piece.ranges()]
+        parts.sort(key=lambda part: (str(part[0]), part[1]))
         joined: list[FileRange] = []
-        for path, offset, nbytes in sorted(part for piece in self.pieces for part in piece.ranges()):
-            if joined and joined[-1][0] == path and joined[-1][1] + joined[-1][2] == offset:
+        for path, offset, nbytes in parts:
+            if joined and joined[-1][1] + joined[-1][2] == offset and joined[-1][0] == path:
                 joined[-1] = (path, joined[-1][1], joined[-1][2] + nbytes)
             else:
                 joined.append((path, offset, nbytes))
@@ -123,7 +127,7 @@ def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) 
             fitting = numel - first
             if fitting * element_nbytes > free:
                 fitting = free // element_nbytes // SPAN_NUMEL * SPAN_NUMEL
-                if fitting == 0 and pieces:
+                if fitting <= 0 and pieces:  # below 0 behind a single span that is larger than the window
                     yield Batch(tuple(pieces))
                     pieces, free = [], window_nbytes
                     continue

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -12,8 +13,8 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
-#include <vector>
 
 #include "float_environment.h"
 
@@ -66,28 +67,19 @@ struct Job {
   }
 };
 
-// Worker threads that sleep between jobs. Thread i (i >= 1) takes part in a job if i < its number of threads.
+// Worker threads that sleep between jobs. Worker i (i >= 1; the caller is worker 0) takes part in a job if
+// i < its number of workers. A pool is never destroyed: when the process exits, a thread may still be in run(), and
+// sleeping threads need nothing but the pool's own memory until the system ends them.
 class Pool {
  public:
-  ~Pool() {
-    {
-      const std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  void run(Job& job, int num_threads) {
-    while (static_cast<int>(threads_.size()) < num_threads - 1) {
-      const int worker = static_cast<int>(threads_.size()) + 1;
-      threads_.emplace_back([this, worker, seen = generation_] { loop(worker, seen); });
-    }
+  void run(Job& job, int num_workers) {
+    const std::lock_guard one_job_at_a_time(run_mutex_);
+    num_workers = std::min(num_workers, start_workers(num_workers));
     {
       const std::lock_guard lock(mutex_);
       job_ = &job;
-      num_participants_ = num_threads;
-      num_running_ = num_threads - 1;
+      num_participants_ = num_workers;
+      num_running_ = num_workers - 1;
       ++generation_;
     }
     wake_.notify_all();
@@ -98,13 +90,23 @@ class Pool {
   }
 
  private:
-  void loop(int worker, std::size_t seen_generation) {
+  // Returns how many workers there are, the caller included: `num_workers` or more, or fewer where the system refuses.
+  int start_workers(int num_workers) {
+    try {
+      for (; num_started_ < num_workers; ++num_started_) {
+        std::thread([this, worker = num_started_, seen = generation_] { loop(worker, seen); }).detach();
+      }
+    } catch (const std::system_error&) {  // the container's limit on threads; the work gets done all the same
+    }
+    return num_started_;
+  }
+
+  [[noreturn]] void loop(int worker, std::size_t seen_generation) {
     for (;;) {
       Job* job = nullptr;
       {
         std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return stopping_ || generation_ != seen_generation; });
-        if (stopping_) return;
+        wake_.wait(lock, [&] { return generation_ != seen_generation; });
         seen_generation = generation_;
         if (worker >= num_participants_) continue;
         job = job_;
@@ -115,40 +117,29 @@ class Pool {
     }
   }
 
+  std::mutex run_mutex_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable done_;
-  std::vector<std::thread> threads_;
+  int num_started_ = 1;
   Job* job_ = nullptr;
   int num_participants_ = 0;
   int num_running_ = 0;
   std::size_t generation_ = 0;
-  bool stopping_ = false;
 };
 
 // The one pool of this process. A forked child has none of its parent's threads, and mutexes in an unknown
 // state, so it leaves the parent's pool where it is and starts its own.
-struct PoolState {
-  std::mutex run_mutex;
-  std::unique_ptr<Pool> pool = std::make_unique<Pool>();
-};
-
-std::atomic<PoolState*> g_state{nullptr};
+std::atomic<Pool*> g_pool{nullptr};
 std::atomic<int> g_num_threads{0};
 std::once_flag g_fork_handler;
 
-PoolState& state() {
-  std::call_once(g_fork_handler, [] {
-    pthread_atfork(nullptr, nullptr, [] { g_state.store(nullptr); });
-    std::atexit([] {  // join the workers before static objects go
-      PoolState* state = g_state.exchange(nullptr);
-      if (state != nullptr) state->pool.reset();
-    });
-  });
-  PoolState* current = g_state.load();
+Pool& pool() {
+  std::call_once(g_fork_handler, [] { pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); }); });
+  Pool* current = g_pool.load();
   if (current == nullptr) {
-    auto fresh = std::make_unique<PoolState>();
-    if (g_state.compare_exchange_strong(current, fresh.get())) current = fresh.release();
+    auto fresh = std::make_unique<Pool>();
+    if (g_pool.compare_exchange_strong(current, fresh.get())) current = fresh.release();
   }
   return *current;
 }
@@ -168,18 +159,17 @@ void set_num_threads(int num_threads) {
   g_num_threads.store(num_threads);
 }
 
-void parallel_for(std::size_t num_items, const std::function<void(std::size_t item, int worker)>& body) {
+void parallel_for(std::size_t num_items, int num_workers,
+                  const std::function<void(std::size_t item, int worker)>& body) {
   if (num_items == 0) return;
   Job job;
   job.num_items = num_items;
   job.body = &body;
-  const int threads = static_cast<int>(std::min<std::size_t>(num_items, static_cast<std::size_t>(num_threads())));
-  if (threads == 1) {
+  const int useful = static_cast<int>(std::min<std::size_t>(num_items, static_cast<std::size_t>(num_workers)));
+  if (useful == 1) {
     job.work(0);
   } else {
-    PoolState& shared = state();
-    const std::lock_guard lock(shared.run_mutex);
-    shared.pool->run(job, threads);
+    pool().run(job, useful);
   }
   if (job.error) std::rethrow_exception(job.error);
 }

@@ -15,7 +15,7 @@ constexpr std::size_t kItemNbytes = std::size_t{2} << 20;
 
 std::uint64_t bandwidth_read(const std::byte* data, std::size_t nbytes) {
   std::atomic<std::uint64_t> total{0};
-  parallel_for((nbytes + kItemNbytes - 1) / kItemNbytes, [&](std::size_t item, int) {
+  parallel_for((nbytes + kItemNbytes - 1) / kItemNbytes, num_threads(), [&](std::size_t item, int) {
     const std::byte* first = data + item * kItemNbytes;
     const std::size_t size = std::min(kItemNbytes, nbytes - item * kItemNbytes);
     std::uint64_t sums[16] = {};
@@ -35,7 +35,7 @@ std::uint64_t bandwidth_read(const std::byte* data, std::size_t nbytes) {
 
 void bandwidth_triad(float* a, const float* b, const float* c, std::size_t numel) {
   constexpr std::size_t kItemNumel = kItemNbytes / (3 * sizeof(float));
-  parallel_for((numel + kItemNumel - 1) / kItemNumel, [&](std::size_t item, int) {
+  parallel_for((numel + kItemNumel - 1) / kItemNumel, num_threads(), [&](std::size_t item, int) {
     const std::size_t last = std::min(numel, (item + 1) * kItemNumel);
     for (std::size_t i = item * kItemNumel; i < last; ++i) a[i] = b[i] + 3.0f * c[i];
   });

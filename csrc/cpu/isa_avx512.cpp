@@ -9,7 +9,10 @@ namespace metagpt_fast::cpu {
 namespace {
 #include "vec_avx512.h"
 //
-#include "layer_kernels-inl.h"
+#include "vector_loops-inl.h"
+//
+#include "layer_gram-inl.h"
+#include "layer_merge-inl.h"
 
 constexpr KernelTable kTable{"avx512", gram_span, merge_span};
 }  // namespace

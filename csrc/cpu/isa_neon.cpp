@@ -7,7 +7,10 @@ namespace metagpt_fast::cpu {
 namespace {
 #include "vec_neon.h"
 //
-#include "layer_kernels-inl.h"
+#include "vector_loops-inl.h"
+//
+#include "layer_gram-inl.h"
+#include "layer_merge-inl.h"
 
 constexpr KernelTable kTable{"neon", gram_span, merge_span};
 }  // namespace

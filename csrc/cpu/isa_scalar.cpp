@@ -4,7 +4,10 @@ namespace metagpt_fast::cpu {
 namespace {
 #include "vec_scalar.h"
 //
-#include "layer_kernels-inl.h"
+#include "vector_loops-inl.h"
+//
+#include "layer_gram-inl.h"
+#include "layer_merge-inl.h"
 
 constexpr KernelTable kTable{"scalar", gram_span, merge_span};
 }  // namespace

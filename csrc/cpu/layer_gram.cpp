@@ -14,8 +14,9 @@ void layer_gram(const Layer& layer, double* gram) {
   const std::vector<Span> spans = cut_into_spans(layer);
   const KernelTable& table = kernels();
   std::vector<double> span_sums(spans.size() * num_entries, 0.0);
-  std::vector<ThreadScratch> scratch = make_scratch(layer.num_operands);
-  parallel_for(spans.size(), [&](std::size_t item, int worker) {
+  const int num_workers = num_threads();
+  std::vector<ThreadScratch> scratch = make_scratch(layer.num_operands, num_workers);
+  parallel_for(spans.size(), num_workers, [&](std::size_t item, int worker) {
     ThreadScratch& mine = scratch[static_cast<std::size_t>(worker)];
     const Span& span = spans[item];
     table.gram_span(mine.load(layer, span), layer.num_operands, layer.has_base, span.numel, mine.workspace(),

@@ -20,8 +20,9 @@ void layer_merge(const Layer& layer, const double* coefficients, const LayerOutp
   }
   const KernelTable& table = kernels();
   std::vector<std::int64_t> span_nonfinite(spans.size(), 0);
-  std::vector<ThreadScratch> scratch = make_scratch(layer.num_operands);
-  parallel_for(spans.size(), [&](std::size_t item, int worker) {
+  const int num_workers = num_threads();
+  std::vector<ThreadScratch> scratch = make_scratch(layer.num_operands, num_workers);
+  parallel_for(spans.size(), num_workers, [&](std::size_t item, int worker) {
     ThreadScratch& mine = scratch[static_cast<std::size_t>(worker)];
     const Span& span = spans[item];
     const auto out_dtype = static_cast<DType>(out.dtypes[span.tensor]);

@@ -48,8 +48,9 @@ void layer_nonfinite(const Layer& layer, std::int64_t* counts, std::int64_t* fir
   const std::size_t num_operands = layer.num_operands;
   const std::vector<Span> spans = cut_into_spans(layer);
   std::vector<Found> found(spans.size() * num_operands);
-  std::vector<ThreadScratch> scratch = make_scratch(num_operands);
-  parallel_for(spans.size(), [&](std::size_t item, int worker) {
+  const int num_workers = num_threads();
+  std::vector<ThreadScratch> scratch = make_scratch(num_operands, num_workers);
+  parallel_for(spans.size(), num_workers, [&](std::size_t item, int worker) {
     const Operand* operands = scratch[static_cast<std::size_t>(worker)].load(layer, spans[item]);
     for (std::size_t i = 0; i < num_operands; ++i) {
       found[item * num_operands + i] = find_nonfinite(operands[i], spans[item].numel);

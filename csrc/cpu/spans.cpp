@@ -6,7 +6,6 @@
 #include <string>
 
 #include "../core/file_io.h"
-#include "../core/thread_pool.h"
 
 namespace metagpt_fast::cpu {
 
@@ -75,9 +74,8 @@ const Workspace& ThreadScratch::workspace() {
   return workspace_;
 }
 
-std::vector<ThreadScratch> make_scratch(std::size_t num_operands) {
+std::vector<ThreadScratch> make_scratch(std::size_t num_operands, int num_workers) {
   std::vector<ThreadScratch> scratch;
-  const int num_workers = num_threads();
   scratch.reserve(static_cast<std::size_t>(num_workers));
   for (int worker = 0; worker < num_workers; ++worker) scratch.emplace_back(num_operands);
   return scratch;

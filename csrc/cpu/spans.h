@@ -55,6 +55,6 @@ class ThreadScratch {
 };
 
 // One scratch for every worker of a parallel_for.
-std::vector<ThreadScratch> make_scratch(std::size_t num_operands);
+std::vector<ThreadScratch> make_scratch(std::size_t num_operands, int num_workers);
 
 }  // namespace metagpt_fast::cpu
