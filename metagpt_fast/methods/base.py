@@ -6,9 +6,12 @@ follow from the class. The streaming code knows none of the methods by name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import RecipeError
@@ -55,20 +58,23 @@ class Method(ABC):
 
 def expect_number(method: str, parameter: str, value: object) -> float:
     """Return ``value`` as a finite float, or raise RecipeError naming the method's parameter."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
-        if number - number == 0:  # neither NaN nor Inf
-            return number
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers are Real, too
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+            if math.isfinite(number):
+                return number
     raise RecipeError("parameter", where=f"{method}.{parameter}", got=repr(value), expected="a finite number")
 
 
 def expect_coefficients(method: str, value: object) -> tuple[float, ...]:
-    """Return given coefficients (a number, or a sequence of them) as a tuple, or raise RecipeError."""
+    """Return given coefficients (a number, a sequence or an array of them) as a tuple, or raise RecipeError."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         numbers = tuple(expect_number(method, f"coefficients[{i}]", item) for i, item in enumerate(value))
         if numbers:
             return numbers
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, Real):
         return (expect_number(method, "coefficients", value),)
     raise RecipeError(
         "parameter",

@@ -49,6 +49,8 @@ class MetaGPT(Method):
         changed = squares > 0
         reference = largest if self.exponent > 0 else squares[changed].min()
         powers = np.zeros_like(squares)
-        powers[changed] = (squares[changed] / reference) ** (self.exponent / 2)
+        # In logarithms: the ratio itself may leave the range of float64. All exponents are <= 0, so none overflows.
+        logarithms = np.log(squares[changed]) - np.log(reference)
+        powers[changed] = np.exp(self.exponent / 2 * logarithms)
         share: FloatArray = powers / powers.sum()
         return share

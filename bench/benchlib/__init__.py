@@ -1,0 +1,1 @@
+"""What the benchmarks share: rows and their JSON, the machine, measured processes, the page cache, arrays."""

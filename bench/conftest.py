@@ -1,0 +1,20 @@
+"""Options of bench_kernels, and the path to what the benchmarks share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options; ``pytest bench/bench_kernels.py --help`` shows them."""
+    group = parser.getgroup("kernels", "kernel benchmarks")
+    group.addoption("--grid", action="store_true", help="every dtype, T and ISA, not only bf16, T = 3, the best ISA")
+    group.addoption("--numel", type=int, help="elements per array [64 Mi, less where memory is short]")
+    group.addoption("--rounds", type=int, default=25, help="rounds of kernel and ceiling [25]")
+    group.addoption("--baseline-rounds", type=int, default=3, help="rounds of NumPy and torch, 0: none [3]")
+    group.addoption("--rows", type=Path, metavar="FILE", help="write the rows as JSON, for run.py")

@@ -1,0 +1,99 @@
+"""When the user is told to doubt a merge."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import metagpt_fast as mf
+from metagpt_fast import trust
+from metagpt_fast.dtypes import BF16, F32
+
+from .checkpoints import random_states, read_state, tensor, write_family
+
+LABELS = ("chat", "math", "code")
+
+
+def merged(tmp_path, vectors, **settings):
+    """Merge models whose task vectors these are, with a base of ones."""
+    size = len(vectors[0])
+    states = [{"a": tensor(np.ones(size), F32)}, *({"a": tensor(1 + np.array(v), F32)} for v in vectors)]
+    base, models = write_family(tmp_path / "in", states)
+    return mf.merge(base, models, tmp_path / "out", **settings)
+
+
+def test_orthogonal_task_vectors_of_one_size_are_nothing_to_warn_of(tmp_path):
+    assert merged(tmp_path, [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0.5]]).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("second", "says"), [([0.5, 0.25], "cosine 0.89: they share"), ([-0.5, 0.125], "-0.97: they undo")]
+)
+def test_cosines_far_from_zero(tmp_path, second, says):
+    report = merged(tmp_path, [[0.5, 0], second])
+    [warning] = report.warnings
+    assert "m0 and m1 are far from orthogonal" in warning
+    assert says in warning
+    assert abs(report.cosines[0, 1]) > 0.8
+
+
+def test_a_model_that_takes_nearly_all(tmp_path):
+    [warning] = merged(tmp_path, [[0.5, 0], [0, 0.125]]).warnings
+    assert warning.startswith("m0 takes 94.1% of the weight")
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+def test_coefficients_outside_0_to_1(tmp_path, method):
+    report = merged(tmp_path, [[0.5, 0], [0, 0.5]], method=method, coefficients=(1.5, -0.5))
+    [warning] = report.warnings
+    assert "leave [0, 1] (m0: 1.5)" in warning
+
+
+def test_share_warnings_weigh_scopes_alike_and_skip_unsolved_ones():
+    rows = np.array([[0.95, 0.03, 0.02], [0.0, 0.0, 0.0], [0.91, 0.09, 0.0]])
+    [warning] = trust.share_warnings(LABELS, rows)
+    assert warning.startswith("chat takes 93.0% of the weight")
+    assert trust.share_warnings(LABELS, np.zeros((2, 3))) == []
+    assert trust.share_warnings(("chat",), np.ones((1, 1))) == []
+    assert trust.share_warnings(LABELS, np.array([[0.9, 0.1, 0.0]])) == []
+
+
+def test_task_vector_warnings_name_every_pair():
+    cosines = np.array([[1.0, 0.31, -0.5], [0.31, 1.0, 0.3], [-0.5, 0.3, 1.0]])
+    warnings = trust.task_vector_warnings(LABELS, np.array([1.0, 2.0, 3.0]), cosines)
+    assert len(warnings) == 2
+    assert "chat and math" in warnings[0]
+    assert "chat and code" in warnings[1]
+    zero = trust.task_vector_warnings(LABELS, np.array([1.0, 0.0, 3.0]), np.eye(3))
+    assert [w for w in zero if w.startswith("math equals the base")] == zero
+
+
+def test_overflow_of_the_output_dtype_is_counted(tmp_path):
+    states = random_states(61, [(BF16,)] * 2, {"layers.0.a": (10,), "layers.1.a": (10,)})
+    for name, values in {"layers.0.a": [1e5, -7e4, 2.0], "layers.1.a": [65504.0, 65519.0, 65520.0]}.items():
+        states[0][name] = tensor(np.ones(3), F32)
+        states[1][name] = tensor(values, F32)
+    base, models = write_family(tmp_path / "in", states)
+    report = mf.merge(base, models, tmp_path / "out", dtype="f16", method="linear")
+    found = [w for w in report.warnings if "too large" in w]
+    assert len(found) == 2
+    assert found[0].startswith("2 elements of tensor 'layers.0.a' are too large for the output dtype and became Inf")
+    assert found[1].startswith("1 element")
+    values = {name: each.values.tolist() for name, each in read_state(tmp_path / "out").items()}
+    assert values == {"layers.0.a": [np.inf, -np.inf, 2.0], "layers.1.a": [65504.0, 65504.0, np.inf]}
+
+
+def test_overflow_in_a_large_tensor_is_counted_over_its_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr("metagpt_fast.merging._window_nbytes", lambda memory: 1)
+    values = np.resize([1.0, 1e6], 600_000)
+    base, models = write_family(tmp_path / "in", [{"a": tensor(np.ones(600_000), F32)}, {"a": tensor(values, F32)}])
+    report = mf.merge(base, models, tmp_path / "out", dtype="f16")
+    assert [w for w in report.warnings if w.startswith("300000 elements of tensor 'a'")]
+
+
+def test_a_measurement_warns_the_same(tmp_path):
+    states = [{"a": tensor(np.ones(2), F32)}, *({"a": tensor(1 + np.array(v), F32)} for v in ([0.5, 0.5], [0, 0.01]))]
+    base, models = write_family(tmp_path / "in", states)
+    measured, report = mf.measure(base, models), mf.merge(base, models, tmp_path / "out")
+    assert len(measured.warnings()) == len(report.warnings) == 2
+    assert measured.warnings() == report.warnings
