@@ -28,6 +28,8 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         target.mkdir(parents=True, exist_ok=True)
         build.mkdir(parents=True, exist_ok=True)
+        # It names the ninja and the pybind11 of pip's build environment, which is gone after every build.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
             "-S",

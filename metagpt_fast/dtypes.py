@@ -1,6 +1,6 @@
 """The tensor dtypes of safetensors files: names, sizes, and which of them the kernels take.
 
-A dtype is added here, in ``csrc/core/dtype.h`` and in ``csrc/cpu/convert-inl.h``, and nowhere else.
+A dtype is added here, in ``csrc/core/dtype.h`` and in ``csrc/cpu/vec_<isa>.h``; CONTRIBUTING.md has the list.
 """
 
 from __future__ import annotations
