@@ -119,6 +119,7 @@ class _InputFile:
         self.is_mapped = is_mapped
         self.address = 0
         self._map: mmap.mmap | None = None
+        self.fd = -1
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._nbytes = os.fstat(self.fd).st_size
@@ -126,6 +127,8 @@ class _InputFile:
                 self._map = mmap.mmap(self.fd, self._nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
                 self.address = np.frombuffer(self._map, np.uint8).ctypes.data
         except (OSError, ValueError) as error:
+            if self.fd >= 0:
+                os.close(self.fd)
             reason = error.strerror if isinstance(error, OSError) else error
             hint = "try --io pread" if is_mapped and not isinstance(error, PermissionError) else None
             raise CheckpointError(f"cannot open the file ({reason})", where=path, hint=hint) from error

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import ops, trust
+from .backends import make_backend
+from .backends.tables import layer_table
 from .dtypes import parse_output_dtype
 from .errors import DataError, PlanError, RecipeError
 from .measurement import norms_of
 from .plan import layer_of
-from .recipe import GRANULARITIES, make_recipe
+from .recipe import make_recipe
 from .untrusted import brief
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+_EXCLUDE = "to take the base's, use exclude="
 
 
 def merge_state_dicts(
@@ -35,7 +44,7 @@ def merge_state_dicts(
 
     Args:
         base: tensors of the base by name: NumPy arrays, torch CPU tensors, or others through DLPack, contiguous, of
-            float32, float16, bfloat16 or float64. Integer tensors are passed on as they are.
+            float32, float16, bfloat16 or float64. Integer tensors have to be the same in all models.
         models: T mappings with the base's names and shapes.
         method: as for :func:`metagpt_fast.merge`.
         granularity: as for :func:`metagpt_fast.merge`.
@@ -44,7 +53,8 @@ def merge_state_dicts(
         parameters: as for :func:`metagpt_fast.merge`.
         dtype: of new tensors, as for :func:`metagpt_fast.merge`; not with ``out``.
         exclude: as for :func:`metagpt_fast.merge`.
-        out: tensors to write into, by name: may be ``base`` itself, which updates it in place.
+        out: tensors to write into, by name: may be ``base`` itself, which updates it in place. Integer and excluded
+            tensors are not merged, and not written: the result has the base's own.
         threads: threads for the kernels.
         backend: ``auto``, ``cpu`` or ``reference``.
 
@@ -53,16 +63,9 @@ def merge_state_dicts(
 
     Raises:
         RecipeError: an argument, or a tensor, cannot be used.
-        PlanError: a tensor is missing from a model, or extra in it.
+        PlanError: a tensor is missing from a model, extra in it, or of another shape, or integers differ.
         DataError: the tensors hold NaN or Inf, or no model differs from the base.
     """
-    if granularity not in GRANULARITIES:
-        raise RecipeError(
-            "unknown granularity",
-            where="granularity",
-            got=repr(granularity),
-            expected=", ".join(GRANULARITIES),
-        )
     recipe = make_recipe(
         "base",
         [f"models[{t}]" for t in range(len(models))],
@@ -74,40 +77,44 @@ def merge_state_dicts(
         dtype=dtype,
         exclude=exclude,
     )
-    merged_names, kept_names = _split(base, models, recipe.exclude)
-    result: dict[str, Any] = {name: base[name] for name in kept_names}
-    bases = [base[name] for name in merged_names]
-    columns = [[model[name] for name in merged_names] for model in models]
+    names, kept_names = _split(base, models, recipe.exclude)
+    bases = [base[name] for name in names]
+    columns = [[model[name] for name in names] for model in models]
+    layer = _views(names, bases, columns)
+    outputs = _outputs(names, layer, bases, dtype, out)
 
-    scopes = _scopes(merged_names, granularity)
-    weights = np.empty((len(merged_names), len(models)))
-    gram = np.zeros((len(merged_names), 1 + len(models), 1 + len(models)))
-    if recipe.method.needs_measurement:
+    solver = recipe.method
+    gram = np.zeros((len(names), 1 + len(models), 1 + len(models)))
+    is_copied = [False] * len(names)
+    if solver.needs_measurement:
         gram = ops.layer_gram(bases, columns, threads=threads, backend=backend)
-        _check_finite(gram, merged_names)
-        labels = [f"models[{t}]" for t in range(len(models))]
-        trust.check_any_change(labels, norms_of(gram.sum(axis=0)), "base")
-    for rows in scopes:
-        weights[rows] = recipe.method.solve(gram[rows].sum(axis=0))
+        _check_gram(gram, names, layer, backend)
+        if solver.uses_base:
+            is_copied = [
+                not squares[1:].any() and ops.view(output, "out").dtype is row[0].dtype
+                for squares, output, row in zip(np.diagonal(gram, axis1=1, axis2=2), outputs, layer, strict=True)
+            ]
+    else:
+        _refuse_nonfinite(names, layer, uses_base=solver.uses_base, backend=backend)
+    weights = np.empty((len(names), len(models)))
+    for rows in _scopes(names, granularity):
+        weights[rows] = solver.solve(gram[rows].sum(axis=0))
 
-    outputs = None if out is None else [_output(out, name) for name in merged_names]
-    if outputs is None:
-        wanted = parse_output_dtype(dtype)
-        outputs = [
-            ops.empty_like(array, wanted or ops.view(array, brief(name)).dtype, brief(name))
-            for name, array in zip(merged_names, bases, strict=True)
-        ]
-    elif dtype != "keep":
-        raise RecipeError("dtype and out exclude each other", where="dtype", got=repr(dtype))
-    ops.layer_merge(
-        bases if recipe.method.uses_base else None,
-        columns,
-        weights,
-        outputs,
-        threads=threads,
-        backend=backend,
-    )
-    result.update(zip(merged_names, outputs, strict=True))
+    def combine(rows: list[int], first: list[Any] | None, others: list[list[Any]], coefficients: Any) -> None:
+        ops.layer_merge(
+            None if first is None else [first[row] for row in rows],
+            [[column[row] for row in rows] for column in others],
+            coefficients,
+            [outputs[row] for row in rows],
+            threads=threads,
+            backend=backend,
+        )
+
+    merged_rows = [row for row, copied in enumerate(is_copied) if not copied]
+    combine(merged_rows, bases if solver.uses_base else None, columns, weights[merged_rows])
+    # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
+    combine([row for row, copied in enumerate(is_copied) if copied], None, [bases], [1.0])
+    result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
 
 
@@ -117,17 +124,22 @@ def _split(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]], exclude
     kept: list[str] = []
     for name, array in base.items():
         is_excluded = exclude is not None and exclude.search(name)
-        if is_excluded or _is_integer(array):
-            kept.append(name)
-        else:
-            merged.append(name)
-        for t, model in enumerate(models):
-            if not is_excluded and name not in model:
-                raise PlanError(f"tensor {brief(name)} is missing", where=f"models[{t}]", hint="or use exclude=")
+        is_kept = is_excluded or _is_integer(array)
+        (kept if is_kept else merged).append(name)
+        for t, model in enumerate(models if not is_excluded else ()):
+            if name not in model:
+                raise PlanError(f"tensor {brief(name)} is missing", where=f"models[{t}]", hint=_EXCLUDE)
+            if is_kept and not _same_integers(array, model[name]):
+                raise PlanError(
+                    f"integer tensor {brief(name)} differs from the base's",
+                    where=f"models[{t}]",
+                    expected="the same values: integers cannot be merged",
+                    hint=_EXCLUDE,
+                )
     for t, model in enumerate(models):
         for name in model:
             if name not in base and not (exclude is not None and exclude.search(name)):
-                raise PlanError(f"tensor {brief(name)} is not in the base", where=f"models[{t}]")
+                raise PlanError(f"tensor {brief(name)} is not in the base", where=f"models[{t}]", hint=_EXCLUDE)
     if not merged:
         raise PlanError("there is nothing to merge", where="base", expected="at least one floating-point tensor")
     return merged, kept
@@ -148,15 +160,84 @@ def _scopes(names: Sequence[str], granularity: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def _check_finite(gram: Any, names: Sequence[str]) -> None:
-    is_finite = np.isfinite(np.diagonal(gram, axis1=1, axis2=2))
-    if not is_finite.all():
-        row, operand = (int(i) for i in np.argwhere(~is_finite)[0])
-        owner = "the base" if operand == 0 else f"models[{operand - 1}] or the base"
-        raise DataError(f"tensor {brief(names[row])} of {owner} holds NaN or Inf", where="merge_state_dicts")
+def _same_integers(a: Any, b: Any) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def _output(out: Mapping[str, Any], name: str) -> Any:
-    if name not in out:
-        raise PlanError(f"tensor {brief(name)} is missing", where="out")
-    return out[name]
+def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequence[Any]]) -> list[list[ops.ArrayView]]:
+    """Return the views by tensor, base first, after checking that every array can be used and has the base's shape."""
+    layer = []
+    for k, name in enumerate(names):
+        owners = ["base", *(f"models[{t}]" for t in range(len(columns)))]
+        arrays = [bases[k], *(column[k] for column in columns)]
+        row = [ops.view(array, f"{owner}, tensor {brief(name)}") for owner, array in zip(owners, arrays, strict=True)]
+        for owner, each in zip(owners, row, strict=True):
+            if each.shape != row[0].shape:
+                raise PlanError(
+                    f"shape of tensor {brief(name)}",
+                    where=owner,
+                    got=list(each.shape),
+                    expected=f"{list(row[0].shape)}, as in the base",
+                    hint=_EXCLUDE,
+                )
+        layer.append(row)
+    return layer
+
+
+def _check_gram(gram: FloatArray, names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], backend: str) -> None:
+    """Raise DataError where the weights are not finite, or all task vectors are zero."""
+    if not np.isfinite(np.diagonal(gram, axis1=1, axis2=2)).all():
+        _refuse_nonfinite(names, layer, uses_base=True, backend=backend)
+        raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
+    labels = [f"models[{t}]" for t in range(gram.shape[1] - 1)]
+    trust.check_any_change(labels, norms_of(gram.sum(axis=0)), "base")
+
+
+def _refuse_nonfinite(
+    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], *, uses_base: bool, backend: str
+) -> None:
+    """Raise DataError naming the first tensor with NaN or Inf, if there is one."""
+    places = [[view.place for view in row[not uses_base :]] for row in layer]
+    table = layer_table(places, [row[0].numel for row in layer], uses_base)
+    counts, first = make_backend(backend).layer_nonfinite(table)
+    if counts.any():
+        k, operand = (int(i) for i in np.argwhere(counts)[0])
+        number = operand - uses_base
+        owner = "the base" if number < 0 else f"models[{number}]"
+        raise DataError(
+            f"tensor {brief(names[k])} of {owner} holds NaN or Inf",
+            where="merge_state_dicts",
+            got=f"{counts[k, operand]} such elements, the first at index {first[k, operand]}",
+            expected="finite numbers",
+        )
+
+
+def _outputs(
+    names: Sequence[str],
+    layer: Sequence[Sequence[ops.ArrayView]],
+    bases: Sequence[Any],
+    dtype: str,
+    out: Mapping[str, Any] | None,
+) -> list[Any]:
+    """Return the arrays to write into: new ones, or those of ``out`` after checking all of them."""
+    if out is None:
+        wanted = parse_output_dtype(dtype)
+        return [
+            ops.empty_like(array, wanted or row[0].dtype, brief(name))
+            for name, array, row in zip(names, bases, layer, strict=True)
+        ]
+    if dtype != "keep":
+        raise RecipeError("dtype and out exclude each other", where="dtype", got=repr(dtype))
+    for name, row in zip(names, layer, strict=True):
+        if name not in out:
+            raise PlanError(f"tensor {brief(name)} is missing", where="out")
+        shape = ops.view(out[name], f"out, tensor {brief(name)}", writable=True).shape
+        if shape != row[0].shape:
+            raise PlanError(
+                f"shape of tensor {brief(name)}",
+                where="out",
+                got=list(shape),
+                expected=f"{list(row[0].shape)}, as in the base",
+            )
+    return [out[name] for name in names]
