@@ -101,8 +101,10 @@ class InputFiles:
                 _read_ahead(self._files[path].fd, start, min(_PREFETCH_CHUNK_NBYTES, offset + nbytes - start))
 
     def _release(self, ranges: Sequence[FileRange]) -> None:
-        for path, offset, nbytes in ranges:
-            self._files[path].release(offset, nbytes)
+        # Advice only: an error here would end the thread, and with it the merge would wait for ever.
+        with contextlib.suppress(OSError):
+            for path, offset, nbytes in ranges:
+                self._files[path].release(offset, nbytes)
 
     def _close(self) -> None:
         self._prefetcher.close()

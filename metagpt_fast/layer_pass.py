@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from . import trust
 from ._native import FileOperandError, place_of
 from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
-from .schedule import Batch, Piece, Step, make_schedule, sources_of
+from .measurement import norms_of
+from .schedule import Batch, Piece, Step, make_schedule
 from .untrusted import brief
 
 if TYPE_CHECKING:
@@ -101,12 +103,17 @@ class LayerPass:
         )
 
     def merge(self, writer: CheckpointWriter) -> None:
-        """Measure what is needed, solve, and write every merged tensor."""
+        """Measure what is needed, solve, and write every merged tensor.
+
+        Raises:
+            DataError: a tensor holds NaN or Inf, or no model differs from the base.
+        """
         steps = make_schedule(
             self._plan.scopes,
             window_nbytes=self._window_nbytes,
             measure=self._plan.recipe.method.needs_measurement and not self._has_gram,
             combine=True,
+            uses_base=self._plan.recipe.method.uses_base,
         )
         self._run(steps, writer)
 
@@ -118,7 +125,7 @@ class LayerPass:
     def _run(self, steps: Sequence[Step], writer: CheckpointWriter | None) -> None:
         batches = [step.batch for step in steps]
         following = _following(batches)
-        phase = _Phases(self._progress, self._plan, steps)
+        phase = _Phases(self._progress, steps)
         if batches and (first := next(filter(None, batches), None)):
             self._files.prefetch(first.ranges)
         for number, step in enumerate(steps):
@@ -144,15 +151,15 @@ class LayerPass:
         phase.finish()
 
     def _measure(self, batch: Batch) -> None:
-        layer = self._table(batch.pieces, uses_base=True)
+        layer = self._table(batch.pieces, has_base=True)
         sums = self.gram[[piece.row for piece in batch.pieces]]
         try:
             self._backend.layer_gram(layer, sums)
         except FileOperandError as error:
-            raise _io_error(error, batch.pieces, uses_base=True) from error
+            raise _io_error(error, batch.pieces) from error
         squares = np.diagonal(sums, axis1=1, axis2=2)
         if not np.isfinite(squares).all():
-            self._refuse_nonfinite(batch.pieces, layer, uses_base=True)
+            self._refuse_nonfinite(batch.pieces, layer)
             raise DataError(
                 "the squared norm overflows float64",
                 where=f"tensor {brief(batch.pieces[int(np.argmin(np.isfinite(squares).all(axis=1)))].tensor.name)}",
@@ -162,12 +169,15 @@ class LayerPass:
 
     def _solve(self, scopes: Sequence[int]) -> None:
         method = self._plan.recipe.method
+        last = 0
         for scope in scopes:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
             self.coefficients[scope] = method.solve(self.gram[first:last].sum(axis=0))
+        if method.needs_measurement and last == len(self._plan.merged):
+            total = self.gram.sum(axis=0)
+            trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
-        uses_base = self._plan.recipe.method.uses_base
         merged = []
         for piece in batch.pieces:
             if self._is_unchanged(piece):
@@ -178,7 +188,7 @@ class LayerPass:
                 merged.append(piece)
         if not merged:
             return
-        layer = self._table(merged, uses_base=uses_base)
+        layer = self._table(merged, has_base=self._plan.recipe.method.uses_base)
         places = []
         for piece in merged:
             slot, dtype = writer.slot(piece.tensor.name), piece.tensor.out_dtype
@@ -189,16 +199,15 @@ class LayerPass:
         try:
             counts = self._backend.layer_merge(layer, coefficients, output_table(places))
         except FileOperandError as error:
-            raise _io_error(error, merged, uses_base=uses_base) from error
+            raise _io_error(error, merged) from error
         if counts.any():
-            self._refuse_nonfinite(merged, layer, uses_base=uses_base)
+            self._refuse_nonfinite(merged, layer)
             for piece, count in zip(merged, counts.tolist(), strict=True):
                 if count:
                     name = piece.tensor.name
                     self.num_nonfinite[name] = self.num_nonfinite.get(name, 0) + count
         if self._is_second_read:
-            read = sum(piece.nbytes for piece in merged)
-            self.nbytes_read += read if uses_base else read - sum(_base_nbytes(piece) for piece in merged)
+            self.nbytes_read += sum(piece.nbytes for piece in merged)
 
     def _is_unchanged(self, piece: Piece) -> bool:
         """Whether the output is the base's tensor, bit for bit, because no model changed it."""
@@ -223,22 +232,21 @@ class LayerPass:
         self.nbytes_read += tensor.base.nbytes
         self.nbytes_written += tensor.base.nbytes
 
-    def _table(self, pieces: Sequence[Piece], *, uses_base: bool) -> LayerTable:
+    def _table(self, pieces: Sequence[Piece], *, has_base: bool) -> LayerTable:
         rows = []
         for piece in pieces:
-            sources = sources_of(piece.tensor) if uses_base else piece.tensor.models
-            rows.append([self._files.place(source, piece.first) for source in sources])
-        return layer_table(rows, [piece.numel for piece in pieces], uses_base)
+            rows.append([self._files.place(source, piece.first) for source in piece.sources])
+        return layer_table(rows, [piece.numel for piece in pieces], has_base)
 
-    def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable, *, uses_base: bool) -> None:
+    def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable) -> None:
         """Raise DataError naming the first NaN or Inf of the inputs, if there is one."""
         counts, first = self._backend.layer_nonfinite(layer)
         if not counts.any():
             return
         k, operand = (int(i) for i in np.argwhere(counts)[0])
         piece = pieces[k]
-        source = (sources_of(piece.tensor) if uses_base else piece.tensor.models)[operand]
-        number = operand - uses_base
+        source = piece.sources[operand]
+        number = operand - layer.has_base
         owner = "the base" if number < 0 else self._plan.labels[number]
         raise DataError(
             f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
@@ -253,14 +261,14 @@ class LayerPass:
 class _Phases:
     """Tells the progress about phases: measuring and combining apart where they are two passes."""
 
-    def __init__(self, progress: Progress | None, plan: MergePlan, steps: Sequence[Step]) -> None:
+    def __init__(self, progress: Progress | None, steps: Sequence[Step]) -> None:
         self._progress = progress
         actions = [step.action for step in steps if step.batch is not None]
         num_changes = sum(a != b for a, b in itertools.pairwise(actions))
         self._is_one_pass = num_changes > 1 or len(set(actions)) < 2
         self._name: str | None = None
         self._actions = set(actions)
-        self._total_nbytes = plan.nbytes_measured
+        self._steps = steps
 
     def done(self, step: Step) -> None:
         """Report a finished step."""
@@ -286,7 +294,9 @@ class _Phases:
         if self._progress is not None and self._name != name:
             self.finish()
             self._name = name
-            self._progress.start(name, self._total_nbytes)
+            action = "measure" if name == "measure" else "combine"
+            batches = (step.batch for step in self._steps if step.action == action)
+            self._progress.start(name, sum(batch.nbytes for batch in batches if batch is not None))
 
 
 def _following(batches: Sequence[Batch | None]) -> list[Batch | None]:
@@ -300,11 +310,7 @@ def _following(batches: Sequence[Batch | None]) -> list[Batch | None]:
     return following
 
 
-def _base_nbytes(piece: Piece) -> int:
-    return piece.numel * piece.tensor.base.dtype.itemsize
-
-
-def _io_error(error: OSError, pieces: Sequence[Piece], *, uses_base: bool) -> CheckpointError | OutputError:
+def _io_error(error: OSError, pieces: Sequence[Piece]) -> CheckpointError | OutputError:
     """Return the error to raise for a file operand that could not be read or written."""
     tensor, operand = place_of(error)
     piece = pieces[tensor]
@@ -313,9 +319,8 @@ def _io_error(error: OSError, pieces: Sequence[Piece], *, uses_base: bool) -> Ch
             f"tensor {brief(piece.tensor.name)} cannot be written ({error.strerror})",
             hint="check the disk's free space, quota and health",
         )
-    sources = sources_of(piece.tensor) if uses_base else piece.tensor.models
     return CheckpointError(
         f"tensor {brief(piece.tensor.name)} cannot be read ({error.strerror})",
-        where=sources[operand].path,
+        where=piece.sources[operand].path,
         hint="the file changed while it was read, or its disk has failed",
     )

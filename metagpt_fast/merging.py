@@ -129,8 +129,6 @@ def merge(
         with CheckpointWriter(target, shards, overwrite=overwrite) as writer:
             layers.copy(writer)
             layers.merge(writer)
-            if layers.is_measured:
-                trust.check_any_change(plan.labels, norms_of(layers.gram.sum(axis=0)), plan.base.path)
             _check_unchanged(plan, fingerprints)
             report = _report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
             for name, content in companions:

@@ -15,23 +15,27 @@ from .plan import LayerPlan, TensorPlan
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``[first, first + numel)`` of one tensor; ``row`` is its row in the Gram matrices."""
+    """Elements ``[first, first + numel)`` of one tensor.
+
+    ``row`` is its row in the Gram matrices, ``sources`` what is read of it: the models, after the base if that is used.
+    """
 
     row: int
     tensor: TensorPlan
     first: int
     numel: int
+    sources: tuple[TensorSource, ...]
 
     def ranges(self) -> Iterator[FileRange]:
-        """Yield the parts of the input files that hold these elements, base first."""
-        for source in sources_of(self.tensor):
+        """Yield the parts of the input files that hold these elements."""
+        for source in self.sources:
             itemsize = source.dtype.itemsize
             yield source.path, source.data_offset + self.first * itemsize, self.numel * itemsize
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the piece in base and models."""
-        return self.numel * sum(source.dtype.itemsize for source in sources_of(self.tensor))
+        """Return the bytes of the piece in all its sources."""
+        return self.numel * sum(source.dtype.itemsize for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Batch:
 
     @cached_property
     def nbytes(self) -> int:
-        """Return the bytes of all pieces in base and models."""
+        """Return the bytes of all pieces in all their sources."""
         return sum(piece.nbytes for piece in self.pieces)
 
     @cached_property
@@ -68,12 +72,13 @@ class Step:
     scopes: tuple[int, ...] = ()
 
 
-def sources_of(tensor: TensorPlan) -> tuple[TensorSource, ...]:
-    """Return base and models of a merged tensor."""
-    return (tensor.base, *tensor.models)
+def _sources(tensor: TensorPlan, uses_base: bool) -> tuple[TensorSource, ...]:
+    return (tensor.base, *tensor.models) if uses_base else tensor.models
 
 
-def make_schedule(scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: bool, combine: bool) -> list[Step]:
+def make_schedule(
+    scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: bool, combine: bool, uses_base: bool = True
+) -> list[Step]:
     """Return the steps of a merge.
 
     A round is a run of scopes that fit the window together, or one larger scope. Its batches are measured in order,
@@ -86,11 +91,12 @@ def make_schedule(scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: b
         window_nbytes: bytes of base and models that may be mapped at a time.
         measure: whether Gram matrices are needed; without, batches are combined in order.
         combine: whether an output is written.
+        uses_base: whether the base is read as well as the models.
     """
     steps: list[Step] = []
-    for first_scope, first_row, members in _rounds(scopes, window_nbytes):
+    for first_scope, first_row, members in _rounds(scopes, window_nbytes, uses_base):
         tensors = [tensor for scope in members for tensor in scope.tensors]
-        batches = list(_batches(tensors, first_row, window_nbytes))
+        batches = list(_batches(tensors, first_row, window_nbytes, uses_base))
         if measure:
             steps += [Step("measure", batch) for batch in batches]
             batches.reverse()
@@ -100,12 +106,14 @@ def make_schedule(scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: b
     return steps
 
 
-def _rounds(scopes: Sequence[LayerPlan], window_nbytes: int) -> Iterator[tuple[int, int, list[LayerPlan]]]:
+def _rounds(
+    scopes: Sequence[LayerPlan], window_nbytes: int, uses_base: bool
+) -> Iterator[tuple[int, int, list[LayerPlan]]]:
     """Yield the first scope's number, the first tensor's row, and the scopes of each round."""
     members: list[LayerPlan] = []
     first_scope = first_row = next_row = nbytes = 0
     for number, scope in enumerate(scopes):
-        scope_nbytes = sum(source.nbytes for tensor in scope.tensors for source in sources_of(tensor))
+        scope_nbytes = sum(source.nbytes for tensor in scope.tensors for source in _sources(tensor, uses_base))
         if members and nbytes + scope_nbytes > window_nbytes:
             yield first_scope, first_row, members
             members, first_scope, first_row, nbytes = [], number, next_row, 0
@@ -116,12 +124,13 @@ def _rounds(scopes: Sequence[LayerPlan], window_nbytes: int) -> Iterator[tuple[i
         yield first_scope, first_row, members
 
 
-def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) -> Iterator[Batch]:
+def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int, uses_base: bool) -> Iterator[Batch]:
     """Yield batches of at most the window; a tensor is cut at multiples of SPAN_NUMEL, which keeps the sums' bits."""
     pieces: list[Piece] = []
     free = window_nbytes
     for row, tensor in enumerate(tensors, start=first_row):
-        element_nbytes = sum(source.dtype.itemsize for source in sources_of(tensor))
+        sources = _sources(tensor, uses_base)
+        element_nbytes = sum(source.dtype.itemsize for source in sources)
         first, numel = 0, tensor.numel
         while first < numel:
             fitting = numel - first
@@ -132,7 +141,7 @@ def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) 
                     pieces, free = [], window_nbytes
                     continue
                 fitting = min(max(fitting, SPAN_NUMEL), numel - first)
-            pieces.append(Piece(row, tensor, first, fitting))
+            pieces.append(Piece(row, tensor, first, fitting, sources))
             free -= fitting * element_nbytes
             first += fitting
     if pieces:

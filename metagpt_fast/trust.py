@@ -65,7 +65,7 @@ def share_warnings(labels: Sequence[str], coefficients: FloatArray, whose: str =
         if mean_shares[dominant] > DOMINANT_SHARE:
             warnings.append(
                 f"{labels[dominant]} takes {mean_shares[dominant]:.1%} of the weight: the result is close to that "
-                "model alone; an exponent below 2 spreads the weight more evenly"
+                "model alone"
             )
     outside = (coefficients < 0) | (coefficients > 1)
     if outside.any():

@@ -103,6 +103,16 @@ def test_only_measuring_and_only_combining(scopes, window_nbytes):
 
 
 @given(scopes=families, window_nbytes=windows)
+def test_a_base_that_is_not_used_is_not_read(scopes, window_nbytes):
+    steps = make_schedule(scopes, window_nbytes=window_nbytes, measure=False, combine=True, uses_base=False)
+    paths = {path for step in steps if step.batch is not None for path, _, _ in step.batch.ranges}
+    assert paths <= {Path("model1"), Path("model2")}
+    assert sorted(elements(steps, "combine")) == sorted(
+        elements(make_schedule(scopes, window_nbytes=window_nbytes, measure=False, combine=True), "combine")
+    )
+
+
+@given(scopes=families, window_nbytes=windows)
 def test_ranges_cover_the_batch(scopes, window_nbytes):
     for step in make_schedule(scopes, window_nbytes=window_nbytes, measure=False, combine=True):
         if step.batch is None:
