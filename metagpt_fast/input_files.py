@@ -45,8 +45,9 @@ class InputFiles:
         if self.io not in IO_CHOICES:
             raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
         self._files: dict[Path, _InputFile] = {}
-        # Apart, because asking for data may block while the disk's queue is full.
+        # Apart, because reading ahead waits for the disk.
         self._prefetcher = _Background("prefetch", backlog=4)
+        self._prefetch_buffer = memoryview(bytearray(_PREFETCH_CHUNK_NBYTES))
         # One batch may wait to be released: with the one at work that makes three at the most.
         self._releaser = _Background("release", backlog=1)
 
@@ -98,7 +99,8 @@ class InputFiles:
             for start in range(offset, offset + nbytes, _PREFETCH_CHUNK_NBYTES):
                 if self._prefetcher.is_closing:
                     return
-                _read_ahead(self._files[path].fd, start, min(_PREFETCH_CHUNK_NBYTES, offset + nbytes - start))
+                size = min(_PREFETCH_CHUNK_NBYTES, offset + nbytes - start)
+                _read_ahead(self._files[path].fd, start, self._prefetch_buffer[:size])
 
     def _release(self, ranges: Sequence[FileRange]) -> None:
         # Advice only: an error here would end the thread, and with it the merge would wait for ever.
@@ -179,17 +181,20 @@ class _Background:
                 function()
 
 
-def _read_ahead(fd: int, offset: int, nbytes: int) -> None:
-    # Advice on pages that are cached still walks all of them: some 3 ms per 256 MiB, a fifth of the time that the
-    # kernels need for them. So look at one byte first.
+def _read_ahead(fd: int, offset: int, buffer: memoryview) -> None:
+    """Bring a part of a file into the page cache, unless it is there: as many bytes as ``buffer`` has."""
     try:
-        if os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT):
+        if os.preadv(fd, [buffer[:1]], offset, os.RWF_NOWAIT):
             return
-    except OSError as error:
-        if error.errno not in {errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL}:
-            return  # the reader itself will meet the error, and report it
-    with contextlib.suppress(OSError):
-        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    except BlockingIOError:
+        # Reading, into a buffer that nobody looks at, and not POSIX_FADV_WILLNEED: the kernel then caches in large
+        # folios, not page by page. As fast from the disk, and mapping the data afterwards costs 0.02 s of CPU for
+        # 4.4 GB instead of 0.46 s, each time (ext4, Linux 6.18).
+        with contextlib.suppress(OSError):  # the reader itself will meet the error, and report it
+            os.preadv(fd, [buffer], offset)
+    except OSError:  # a file system that cannot tell: reading would copy everything that is cached already
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, len(buffer), os.POSIX_FADV_WILLNEED)
 
 
 def copy_range(in_fd: int, in_offset: int, out_fd: int, out_offset: int, nbytes: int) -> None:
