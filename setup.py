@@ -44,8 +44,12 @@ class CMakeBuild(build_ext):
             f"-DMETAGPT_FAST_CUDA={os.environ.get('METAGPT_FAST_CUDA', 'AUTO')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        for command in (configure, ["cmake", "--build", str(build)]):
+            if subprocess.run(command, check=False).returncode != 0:
+                raise SystemExit(
+                    "metagpt_fast: CMake failed, for the reason above. The build needs a C++20 compiler: GCC 11 or "
+                    "Clang 14, or later (Debian, Ubuntu: apt-get install g++)."
+                )
 
 
 setup(

@@ -15,6 +15,7 @@
 #include "../cpu/layer_nonfinite.h"
 #include "../cpu/spans.h"
 #include "dlpack.h"
+#include "gil_release.h"
 
 namespace py = pybind11;
 using namespace metagpt_fast;
@@ -57,7 +58,7 @@ void layer_gram(const Table<std::uint64_t>& addresses, const Table<std::int32_t>
   const Layer layer = make_layer(addresses, files, dtypes, numels, has_base);
   check_shape("gram", gram, {addresses.shape(0), addresses.shape(1), addresses.shape(1)});
   double* sums = gram.mutable_data();
-  const py::gil_scoped_release release;
+  const GilRelease release;
   cpu::layer_gram(layer, sums);
 }
 
@@ -75,7 +76,7 @@ py::array_t<std::int64_t> layer_merge(const Table<std::uint64_t>& addresses, con
   const LayerOutput out{out_addresses.data(), out_files.data(), out_dtypes.data()};
   std::int64_t* counts = num_nonfinite.mutable_data();
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     cpu::layer_merge(layer, coefficients.data(), out, counts);
   }
   return num_nonfinite;
@@ -89,7 +90,7 @@ py::tuple layer_nonfinite(const Table<std::uint64_t>& addresses, const Table<std
   std::int64_t* counts_data = counts.mutable_data();
   std::int64_t* first_data = first.mutable_data();
   {
-    const py::gil_scoped_release release;
+    const GilRelease release;
     cpu::layer_nonfinite(layer, counts_data, first_data);
   }
   return py::make_tuple(counts, first);
@@ -147,14 +148,14 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "bandwidth_read",
       [](std::uintptr_t address, std::size_t nbytes) {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         return cpu::bandwidth_read(reinterpret_cast<const std::byte*>(address), nbytes);
       },
       py::arg("address"), py::arg("nbytes"));
   m.def(
       "bandwidth_triad",
       [](std::uintptr_t a, std::uintptr_t b, std::uintptr_t c, std::size_t numel) {
-        const py::gil_scoped_release release;
+        const GilRelease release;
         cpu::bandwidth_triad(reinterpret_cast<float*>(a), reinterpret_cast<const float*>(b),
                              reinterpret_cast<const float*>(c), numel);
       },

@@ -3,8 +3,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,popcnt")
+#endif
 namespace metagpt_fast::cpu {
 namespace {
 #include "vec_avx2.h"
@@ -17,7 +21,11 @@ namespace {
 constexpr KernelTable kTable{"avx2", gram_span, merge_span};
 }  // namespace
 }  // namespace metagpt_fast::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 const metagpt_fast::cpu::KernelTable* metagpt_fast::cpu::avx2_kernels() { return &kTable; }
 #else

@@ -117,8 +117,8 @@ void check_errors(Checks& checks) {
        {std::tuple{"/dev/null", O_RDONLY, EBADF}, std::tuple{"/dev/full", O_WRONLY, ENOSPC}}) {
     out.files[0] = ::open(path, mode);
     if (out.files[0] < 0) continue;  // not every system has /dev/full
-    checks.check_throws<FileOperandError>(path, call_merge, [&](const FileOperandError& error) {
-      return error.error_number == error_number && error.tensor == 0 && error.operand == -1;
+    checks.check_throws<FileOperandError>(path, call_merge, [want = error_number](const FileOperandError& error) {
+      return error.error_number == want && error.tensor == 0 && error.operand == -1;
     });
     ::close(out.files[0]);
   }
