@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,15 +21,18 @@ import click
 from benchlib import mergekit
 from benchlib.machine import copy_command, is_memory_file_system
 from benchlib.page_cache import evict, fill, percent_cached
-from benchlib.processes import Usage, run_measured
+from benchlib.processes import ProcessError, Usage, clean_environment, run_measured
 from benchlib.rounds import Measured, Task, run_rounds
 from benchlib.rows import Row, Spread, save_rows
-from make_family import FAMILIES, BenchFamily, get_family
+from make_family import FAMILIES, BenchFamily, default_folder, get_family
+
+from metagpt_fast.family import family_nbytes
 
 _MAX_PERCENT_CACHED_WHEN_COLD = 1.0
 _MIN_PERCENT_CACHED_WHEN_WARM = 99.0
 _COLD_ROUNDS = 3
 _BASELINE_ROUNDS = 3
+DEFAULT_ROUNDS = 7
 _DEFAULT_MEMORY = "1GiB"
 
 
@@ -41,11 +44,13 @@ class Case:
         name: of its row.
         task: the command.
         num_reads: how often every input byte has to be read.
+        notes: for readers.
     """
 
     name: str
     task: Task
     num_reads: int
+    notes: tuple[str, ...] = ()
 
 
 class MergeBench:
@@ -75,10 +80,10 @@ class MergeBench:
         return Case(name, Task(name, command), num_reads)
 
     def standard_cases(self) -> list[Case]:
-        """Return the merges that the README reports."""
+        """Return the merges that the README reports, after measuring for the one that needs it."""
         measurement = self._scratch / "measured.json"
         words = [sys.executable, "-m", "metagpt_fast", "measure", *self._inputs(), "--quiet", "-o", str(measurement)]
-        run_measured(words, folder=self._scratch)
+        run_measured(words, folder=self._scratch, environment=clean_environment())
         return [
             self.ours("metagpt, model", 2),
             self.ours("metagpt, layer", 1, "--granularity", "layer"),
@@ -101,7 +106,8 @@ class MergeBench:
 
     def mergekit_cases(self, program: str) -> list[Case]:
         """Return mergekit with its fastest options, and our linear, which the others lack."""
-        cases = [self.ours("linear", 1, "--method", "linear")]
+        ours = self.ours("linear", 1, "--method", "linear")
+        cases = [replace(ours, notes=("does not read the base, which the bytes and the reference count",))]
         for method in ("task_arithmetic", "linear"):
             recipe = self._scratch / f"mergekit-{method}.yml"
             recipe.write_text(mergekit.recipe(method, self._family.base, self._family.models), encoding="utf-8")
@@ -124,6 +130,9 @@ class MergeBench:
             *(case.task for case in cases[2:]),
         ]
         self._percent_cached.clear()
+        # One known state of the page cache, that of files read in order. Who filled it decides the size of its folios,
+        # and with it the speed of mapped reads: after page-by-page reading ahead, a merge took up to 1 s more CPU time.
+        evict(self._family.weights)
         measured = run_rounds(tasks, num_rounds, self._scratch, before_round=self._warm_up, tell=self._tell)
         notes: tuple[str, ...] = ()
         if min(self._percent_cached) < _MIN_PERCENT_CACHED_WHEN_WARM:
@@ -193,7 +202,7 @@ class MergeBench:
                 metrics[f"peak_{kind}_mb"] = Spread.of([peak / 1e6 for peak in peaks])
         parameters = {"case": case.name, "cache": name.rsplit(", ", maxsplit=1)[-1], "num_reads": case.num_reads}
         parameters |= {"memory": self._memory, **self._sizes()}
-        return Row("merge", name, parameters, metrics, self._formula(case.num_reads), nbytes, notes)
+        return Row("merge", name, parameters, metrics, self._formula(case.num_reads), nbytes, (*case.notes, *notes))
 
     def _reference_seconds(
         self, measured: Measured, reads: tuple[str, str], num_reads: int, *, is_cold: bool
@@ -251,16 +260,39 @@ def collect(
     *,
     family_folder: Path | None = None,
     scale: int = 1,
-    num_rounds: int = 7,
+    num_rounds: int = DEFAULT_ROUNDS,
     is_quick: bool = False,
     is_cold: bool = False,
     mergekit_program: str | None = None,
     memory: str = _DEFAULT_MEMORY,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Measure and return the rows; with another scale than 1, the memory of one merge only."""
-    model_nbytes = 2 * 1_100_048_384 if scale == 1 else 9_000_000_000
-    family = get_family(family_folder, scale=scale, free_after_nbytes=int(1.1 * model_nbytes))
+    """Measure and return the rows.
+
+    With another scale than 1, it is the memory of one merge only, and the family is removed if it was not there before:
+    it takes tens of gigabytes.
+    """
+    out_nbytes = int(1.1 * family_nbytes(FAMILIES[scale].shape, 0))
+    folder = family_folder or default_folder(scale)
+    is_temporary = scale != 1 and not folder.exists()
+    try:
+        family = get_family(folder, scale=scale, free_after_nbytes=out_nbytes)
+        return _collect(family, scale, num_rounds, is_quick, is_cold, mergekit_program, memory, tell)
+    finally:
+        if is_temporary:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _collect(
+    family: BenchFamily,
+    scale: int,
+    num_rounds: int,
+    is_quick: bool,
+    is_cold: bool,
+    mergekit_program: str | None,
+    memory: str,
+    tell: Callable[[str], None],
+) -> list[Row]:
     with scratch_folder(family) as scratch:
         bench = MergeBench(family, scratch, memory, tell)
         if scale != 1:
@@ -285,7 +317,7 @@ def collect(
     "--family-folder", type=click.Path(path_type=Path), help="Folder with base, chat, math, code; made if new."
 )
 @click.option("--scale", type=click.Choice([str(scale) for scale in FAMILIES]), default="1", show_default=True)
-@click.option("--rounds", "num_rounds", default=7, show_default=True)
+@click.option("--rounds", "num_rounds", default=DEFAULT_ROUNDS, show_default=True)
 @click.option("--memory", default=_DEFAULT_MEMORY, show_default=True, help="--memory of our merges.")
 @click.option("--quick", "is_quick", is_flag=True, help="Granularity model and layer only, no baselines.")
 @click.option("--cold", "is_cold", is_flag=True, help="Also with the inputs evicted from the page cache.")
@@ -295,7 +327,10 @@ def collect(
 @click.option("--rows", "rows_file", type=click.Path(path_type=Path), help="Write the rows as JSON, for run.py.")
 def main(scale: str, rows_file: Path | None, **settings: object) -> None:
     """Measure merges of a family of checkpoints, end to end."""
-    rows = collect(scale=int(scale), tell=lambda line: click.echo(line, err=True), **settings)  # type: ignore[arg-type]
+    try:
+        rows = collect(scale=int(scale), tell=lambda line: click.echo(line, err=True), **settings)  # type: ignore[arg-type]
+    except ProcessError as error:
+        raise click.ClickException(str(error)) from error
     if rows_file is not None:
         save_rows(rows, rows_file)
         return

@@ -52,18 +52,18 @@ def default_folder(scale: int) -> Path:
     return Path(tempfile.gettempdir()) / "metagpt-fast-bench" / f"llama-scale{scale}"
 
 
-def get_family(folder: Path | None, *, scale: int = 1, free_after_nbytes: int = 0) -> BenchFamily:
+def get_family(folder: Path, *, scale: int = 1, free_after_nbytes: int = 0) -> BenchFamily:
     """Return the family in the folder, made if it is not there.
 
     Args:
-        folder: None means the default one. A folder that holds ``base`` and three models is taken as it is.
+        folder: one that holds ``base`` and three models is taken as it is.
         scale: a key of ``FAMILIES``.
         free_after_nbytes: space that has to remain for what is written later.
 
     Raises:
         click.ClickException: the disk is too small, or the folder holds something else.
     """
-    folder = default_folder(scale) if folder is None else folder.resolve()
+    folder = folder.resolve()
     shape = FAMILIES[scale].shape
     paths = [folder / name for name in (BASE_NAME, *NAMES)]
     nbytes = family_nbytes(shape, len(NAMES))

@@ -16,6 +16,7 @@ _SHOWN = {
               "peak_resident_mb"),
     "startup": ("seconds",),
 }  # fmt: skip
+_FILE_WIDTH = 180
 HEADINGS = {
     "seconds": "s",
     "user_seconds": "user s",
@@ -51,12 +52,14 @@ def format_spread(spread: Spread) -> str:
 def print_rows(rows: Sequence[Row]) -> None:
     """Print one table per suite: medians, with the spread in brackets."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     for suite, metrics in _SHOWN.items():
         of_suite = [row for row in rows if row.suite == suite]
         if not of_suite:
             continue
         table = Table(title=f"{suite}: median (spread)", box=box.SIMPLE, title_justify="left")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         columns = [name for name in metrics if any(name in row.metrics for row in of_suite)]
         for name in columns:
             table.add_column(HEADINGS[name], justify="right")

@@ -1,0 +1,148 @@
+"""Prints a result of run.py as Markdown, for the README: python bench/table.py RESULT.json [--write README.md]"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+from benchlib.rows import Result, Row
+from benchlib.show import format_number, format_spread
+
+BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
+
+
+def bench_table(result: Result, source: str) -> str:
+    """Return the conditions and one table per suite; ``source`` is the JSON's name for readers."""
+    parts = [_conditions(result, source)]
+    of_suite = {suite: [row for row in result.rows if row.suite == suite] for suite in ("merge", "kernels", "startup")}
+    if of_suite["merge"]:
+        parts += [_merge_conditions(of_suite["merge"]), _merge_table(of_suite["merge"])]
+    if of_suite["kernels"]:
+        parts += [_KERNELS, _kernel_table(of_suite["kernels"])]
+    if of_suite["startup"]:
+        parts.append(_startup_table(of_suite["startup"]))
+    return "\n\n".join(parts)
+
+
+def replace_block(text: str, table: str) -> str:
+    """Return the text with the table between the markers.
+
+    Raises:
+        ValueError: the text does not have each marker once, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"expected one {BEGIN} and behind it one {END}")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def _conditions(result: Result, source: str) -> str:
+    machine, versions = result.machine, result.versions
+    facts = f"{machine['cpu']}, {machine['num_cores']} cores, {machine['isa'].upper()}"
+    if machine["memory_gib"]:
+        facts += f", {machine['memory_gib']:.0f} GiB"
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("numpy", "torch", "mergekit") if name in versions)
+    return (
+        f"{facts}, {machine['os']}, {machine['file_system']} (a new file reaches the disk at "
+        f"{format_number(machine['disk_write_gb_per_s'])} GB/s), Python {versions['python']}, {packages}; "
+        f"{result.created}, commit {result.commit}. Medians, in brackets the spread of the rounds. "
+        f"Made from [{Path(source).name}]({source}) by `bench/table.py`; how it is measured: "
+        "[bench/README.md](bench/README.md)."
+    )
+
+
+def _merge_conditions(rows: Sequence[Row]) -> str:
+    sizes = next((row.parameters for row in rows if "scale" not in row.name), rows[0].parameters)
+    return (
+        f"Merges of {sizes['num_parameters'] / 1e9:.1f} B parameters in bf16 (TinyLlama's shapes), base and "
+        f"{sizes['num_models']} models of {sizes['model_nbytes'] / 1e9:.1f} GB each, process start included. The "
+        "reference, in turns with the merges, is `cat` of every input byte as often as the merge reads it, plus `cp` "
+        "of one model. Warm: inputs in the page cache; cold: none of them, which was verified."
+    )
+
+
+def _merge_table(rows: Sequence[Row]) -> str:
+    columns = {
+        "s": "seconds",
+        "x reference": "ratio_to_reference",
+        "GB/s": "gb_per_s",
+        "CPU s": "",
+        "anonymous MB": "peak_anonymous_mb",
+        "resident MB": "peak_resident_mb",
+    }
+    lines = []
+    for row in rows:
+        cells = []
+        for metric in columns.values():
+            if metric == "":
+                cpu = [row.metrics[name].median for name in ("user_seconds", "system_seconds") if name in row.metrics]
+                cells.append(format_number(sum(cpu)) if cpu else "")
+            elif metric in row.metrics:
+                spread = row.metrics[metric]
+                shows_spread = metric in {"seconds", "ratio_to_reference"}
+                cells.append(format_spread(spread) if shows_spread else format_number(spread.median))
+            else:
+                cells.append("")
+        lines.append([row.name, *cells])
+    return _markdown(["merge", *columns], lines)
+
+
+_KERNELS = (
+    "Kernels in memory. Bytes counted: layer_gram (1+T)·n·itemsize, layer_merge (2+T)·n·itemsize. The ceiling is a "
+    "plain read, respectively a triad `a = b + 3·c`, by the same threads in turns with the kernel."
+)
+
+
+def _kernel_table(rows: Sequence[Row]) -> str:
+    heads = ["kernel", "dtype", "T", "ISA", "threads", "GB/s", "% of the ceiling", "x NumPy", "x torch"]
+    lines = []
+    for row in rows:
+        facts = row.parameters
+        metrics = (row.metrics.get(name) for name in ("gb_per_s", "percent_of_ceiling"))
+        speedups = (row.metrics.get(name) for name in ("speedup_numpy", "speedup_torch"))
+        lines.append([
+            f"`{facts['kernel']}`", facts["dtype"], str(facts["num_models"]), facts["isa"], str(facts["threads"]),
+            *(format_spread(spread) if spread else "" for spread in metrics),
+            *(format_number(spread.median) if spread else "" for spread in speedups),
+        ])  # fmt: skip
+    return _markdown(heads, lines)
+
+
+def _startup_table(rows: Sequence[Row]) -> str:
+    lines = [
+        [f"`{row.name}`" if " of " not in row.name else row.name, format_spread(row.metrics["seconds"]),
+         ", ".join(row.parameters["imported"]) or "none"]
+        for row in rows
+    ]  # fmt: skip
+    return _markdown(["start", "s", "heavy imports"], lines)
+
+
+def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Return a table whose first column is text and whose others are numbers."""
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
+@click.command()
+@click.argument("result", type=click.Path(path_type=Path, exists=True))
+@click.option("--write", "target", type=click.Path(path_type=Path, exists=True), help=f"Replace what {BEGIN} encloses.")
+def main(result: Path, target: Path | None) -> None:
+    """Print RESULT as Markdown, or write it into a file."""
+    try:
+        if target is None:
+            click.echo(bench_table(Result.load(result), result.name))
+            return
+        folder = target.resolve().parent
+        if not result.resolve().is_relative_to(folder):
+            raise ValueError(f"{result} is not below {folder}: the table could not link to it")
+        source = str(result.resolve().relative_to(folder))
+        text = replace_block(target.read_text(encoding="utf-8"), bench_table(Result.load(result), source))
+        target.write_text(text, encoding="utf-8")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
