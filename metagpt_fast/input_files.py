@@ -45,11 +45,8 @@ class InputFiles:
         if self.io not in IO_CHOICES:
             raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
         self._files: dict[Path, _InputFile] = {}
-        # Apart, because reading ahead waits for the disk.
-        self._prefetcher = _Background("prefetch", backlog=4)
+        self._prefetcher = _Background()
         self._prefetch_buffer = memoryview(bytearray(_PREFETCH_CHUNK_NBYTES))
-        # One batch may wait to be released: with the one at work that makes three at the most.
-        self._releaser = _Background("release", backlog=1)
 
     def __enter__(self) -> InputFiles:
         _allow_open_files(2 * len(self._paths) + 256)
@@ -80,8 +77,9 @@ class InputFiles:
 
     def release(self, ranges: Sequence[FileRange]) -> None:
         """Take these parts out of this process's memory. They stay in the page cache as long as there is room."""
-        if self.io == "mmap":
-            self._releaser.call(lambda: self._release(ranges))
+        with contextlib.suppress(OSError):  # advice only
+            for path, offset, nbytes in ranges:
+                self._files[path].release(offset, nbytes)
 
     def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> None:
         """Copy a tensor's bytes into an open file; file systems with reflinks share the blocks instead."""
@@ -102,15 +100,8 @@ class InputFiles:
                 size = min(_PREFETCH_CHUNK_NBYTES, offset + nbytes - start)
                 _read_ahead(self._files[path].fd, start, self._prefetch_buffer[:size])
 
-    def _release(self, ranges: Sequence[FileRange]) -> None:
-        # Advice only: an error here would end the thread, and with it the merge would wait for ever.
-        with contextlib.suppress(OSError):
-            for path, offset, nbytes in ranges:
-                self._files[path].release(offset, nbytes)
-
     def _close(self) -> None:
         self._prefetcher.close()
-        self._releaser.close()
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -153,17 +144,16 @@ class _InputFile:
 
 
 class _Background:
-    """A thread that carries out calls in order, at most ``backlog`` of them waiting; starts at the first call."""
+    """A thread that carries out calls in order; starts at the first call. What it calls must not raise."""
 
-    def __init__(self, name: str, backlog: int) -> None:
-        self._name = name
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(backlog)
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self.is_closing = False
 
     def call(self, function: Callable[[], None]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"metagpt_fast-{self._name}", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="metagpt_fast-prefetch", daemon=True)
             self._thread.start()
         self._queue.put(function)
 

@@ -292,8 +292,8 @@ def _measurement(plan: MergePlan, gram: FloatArray, fingerprints: tuple[list[dic
 
 
 def _window_nbytes(memory: str | int) -> int:
-    # Three batches may be mapped at a time: one at work, one waiting to be released, one being released.
-    return min(parse_memory(memory) // 3, _MAX_WINDOW_NBYTES)
+    # Half of the bound: the kernel maps whole folios, up to some MiB around what a batch touches.
+    return min(parse_memory(memory) // 2, _MAX_WINDOW_NBYTES)
 
 
 def _check_io(io: str) -> str:
