@@ -1,21 +1,88 @@
-"""Merge methods: one file per family. A new method is a subclass of Method, listed in METHODS."""
+"""Merge methods: one file per method or family. A new method is a subclass of Method or SparseMethod.
+
+Those of this package are listed in METHODS; other packages announce theirs as entry points of the group
+``metagpt_fast.methods`` (docs/methods.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
+from ..errors import RecipeError
 from .base import Method
-from .base import make_method as _make_method
 from .linear import Linear
 from .metagpt import MetaGPT
 from .task_arithmetic import TaskArithmetic
 
+ENTRY_POINT_GROUP = "metagpt_fast.methods"
+
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (MetaGPT, TaskArithmetic, Linear)}
 
 
+def find_method(name: str) -> type[Method]:
+    """Return the class of the method ``name``: one of this package, or of a package that announces one.
+
+    Raises:
+        RecipeError: there is no such method, or the package that has it cannot be loaded.
+    """
+    found = METHODS.get(name) or _announced().get(name)
+    if found is None:
+        raise RecipeError(
+            "unknown method", where="method", got=repr(name), expected=", ".join(sorted({**METHODS, **_announced()}))
+        )
+    return found
+
+
 def make_method(name: str, parameters: Mapping[str, object]) -> Method:
-    """Return the method ``name`` with ``parameters``; raises RecipeError, naming what is allowed."""
-    return _make_method(METHODS, name, parameters)
+    """Return the method ``name`` with ``parameters``, by their names in recipes.
+
+    Raises:
+        RecipeError: there is no such method, it has no such parameter, or a value cannot be used.
+    """
+    found = find_method(name)
+    specs = found.specs()
+    for parameter in parameters:
+        if parameter not in specs:
+            raise RecipeError(
+                f"{name} has no parameter {parameter!r}",
+                where="method",
+                expected=", ".join(specs) or "no parameters",
+                hint=_hint(parameter),
+            )
+    return found(**{specs[parameter].field: value for parameter, value in parameters.items()})
 
 
-__all__ = ["METHODS", "Linear", "MetaGPT", "Method", "TaskArithmetic", "make_method"]
+def _hint(parameter: str) -> str | None:
+    owners = [name for name, cls in METHODS.items() if parameter in cls.specs()]
+    return f"{parameter} belongs to {', '.join(owners)}" if owners else None
+
+
+@cache
+def _announced() -> dict[str, type[Method]]:
+    """Return the methods of other installed packages; those of this package win."""
+    from importlib.metadata import entry_points
+
+    methods: dict[str, type[Method]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            cls = entry.load()
+        except Exception as error:  # whatever a package raises while it is imported
+            raise RecipeError(
+                "a package announces a merge method that cannot be loaded",
+                where=f"entry point {entry.name} = {entry.value}",
+                got=f"{type(error).__name__}: {error}",
+                hint="update or remove the package that announces it",
+            ) from error
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise RecipeError(
+                "a package announces something that is no merge method",
+                where=f"entry point {entry.name} = {entry.value}",
+                got=repr(cls),
+                expected="a subclass of metagpt_fast.methods.Method",
+            )
+        methods[cls.name] = cls
+    return methods
+
+
+__all__ = ["METHODS", "Linear", "MetaGPT", "Method", "TaskArithmetic", "find_method", "make_method"]

@@ -1,20 +1,18 @@
 """What a merge method is: Gram matrix in, coefficients out.
 
-A method is a frozen dataclass. Its fields are its parameters, so ``--set NAME=VALUE``, the API, reports and errors all
-follow from the class. The streaming code knows none of the methods by name.
+A method is a frozen dataclass; its fields are its parameters (:mod:`metagpt_fast.methods.parameters`). The streaming
+code knows none of the methods by name.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import RecipeError
+from .parameters import ParameterSpec, checked, specs_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,108 +20,89 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
+BaseUse = Literal["required", "optional", "model", "ignored"]
+Axis = Literal["row", "column"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Method(ABC):
-    """A merge method: ``out = base + Σ_t c_t (model_t − base)``, or ``Σ_t c_t model_t`` without a base.
+    """A merge method that is a linear combination: ``out = base + Σ_t c_t (model_t − base)``, or ``Σ_t c_t model_t``.
 
     Attributes:
         name: what the user types.
         equation: the coefficients in one line, for --help and the model card.
         needs_measurement: whether ``solve`` reads the Gram matrix; if not, the weights are read once only.
-        uses_base: whether the base is part of the sum.
+        base: how the base takes part. ``required``: the merge adds task vectors to it. ``optional``: so if there is
+            one, else models are combined (recipes only; the command always has one). ``model``: it is one more model,
+            the first of them. ``ignored``: it gives config and tokenizer only.
+        granularity: over what coefficients are solved unless the user says otherwise: ``model``, ``layer``, ``tensor``.
+        num_models: how many models the method takes: (least, most), most None without a limit.
     """
 
     name: ClassVar[str]
     equation: ClassVar[str]
     needs_measurement: ClassVar[bool] = True
-    uses_base: ClassVar[bool] = True
+    base: ClassVar[BaseUse] = "required"
+    granularity: ClassVar[str] = "tensor"
+    num_models: ClassVar[tuple[int, int | None]] = (1, None)
 
     @abstractmethod
-    def solve(self, gram: FloatArray) -> FloatArray:
+    def solve(self, gram: FloatArray, has_base: bool) -> FloatArray:
         """Return the coefficients c, float64 ``[T]``, of one scope.
 
         Args:
-            gram: float64 ``[T+1, T+1]``, the scope's Gram matrix of ``[base, τ_1 ... τ_T]``; all zeros where
-                ``needs_measurement`` is False.
+            gram: the scope's Gram matrix: float64 ``[T+1, T+1]`` of ``[base, τ_1 ... τ_T]`` if the merge adds task
+                vectors to a base, else float64 ``[T, T]`` of the models; zeros where ``needs_measurement`` is False.
+            has_base: which of the two it is.
         """
 
-    def check_num_models(self, num_models: int) -> None:  # noqa: B027 (most methods take any number)
-        """Raise RecipeError if the method cannot merge ``num_models`` models."""
+    @property
+    def axis(self) -> Axis | None:
+        """Return whether coefficients are solved for each row, or column, of a matrix, and not for whole tensors."""
+        return None
+
+    def __post_init__(self) -> None:
+        for spec in self.specs().values():
+            object.__setattr__(self, spec.field, checked(self.name, spec, getattr(self, spec.field)))
+
+    @classmethod
+    def specs(cls) -> dict[str, ParameterSpec]:
+        """Return the parameters by their names in recipes."""
+        return specs_of(cls)
+
+    def check_num_models(self, num_models: int) -> None:
+        """Raise RecipeError if the method cannot merge ``num_models`` models, or was given parameters for others."""
+        least, most = self.num_models
+        if num_models < least or (most is not None and num_models > most):
+            expected = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+            raise RecipeError(f"number of models for {self.name}", where="models", got=num_models, expected=expected)
+        for spec in self.specs().values():
+            count = len(getattr(self, spec.field)) if spec.per_model else 1
+            if count not in {1, num_models}:
+                raise RecipeError(
+                    f"number of values of {spec.name}",
+                    where=f"{self.name}.{spec.name}",
+                    got=count,
+                    expected=f"1 (the same for all) or {num_models} (one per model, in the order of the models)",
+                )
 
     def parameters(self) -> dict[str, Any]:
-        """Return the parameters by name."""
-        return dataclasses.asdict(self)
+        """Return the parameters by their names in recipes."""
+        return {name: getattr(self, spec.field) for name, spec in self.specs().items()}
+
+    def warnings(self) -> list[str]:
+        """Return sentences about parameters that do something else than a user may expect."""
+        return []
 
 
-def expect_number(method: str, parameter: str, value: object) -> float:
-    """Return ``value`` as a finite float, or raise RecipeError naming the method's parameter."""
-    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's numbers are Real, too
-        with contextlib.suppress(OverflowError):
-            number = float(value)
-            if math.isfinite(number):
-                return number
-    raise RecipeError("parameter", where=f"{method}.{parameter}", got=repr(value), expected="a finite number")
+def of_models(gram: FloatArray, has_base: bool) -> FloatArray:
+    """Return the part of the Gram matrix that is of the T vectors being combined, float64 ``[T, T]``."""
+    return gram[1:, 1:] if has_base else gram
 
 
-def expect_coefficients(method: str, value: object) -> tuple[float, ...]:
-    """Return given coefficients (a number, a sequence or an array of them) as a tuple, or raise RecipeError."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        numbers = tuple(expect_number(method, f"coefficients[{i}]", item) for i, item in enumerate(value))
-        if numbers:
-            return numbers
-    elif isinstance(value, Real):
-        return (expect_number(method, "coefficients", value),)
-    raise RecipeError(
-        "parameter",
-        where=f"{method}.coefficients",
-        got=repr(value),
-        expected="a number, or one number per model",
-    )
-
-
-def check_num_coefficients(method: str, coefficients: Sequence[float] | None, num_models: int) -> None:
-    """Raise RecipeError unless there is one coefficient per model, one for all, or none."""
-    if coefficients is not None and len(coefficients) not in {1, num_models}:
-        raise RecipeError(
-            "number of coefficients",
-            where=f"{method}.coefficients",
-            got=len(coefficients),
-            expected=f"1 (the same for all) or {num_models} (one per model, in the order of the models)",
-        )
-
-
-def expand(coefficients: Sequence[float], num_models: int) -> FloatArray:
-    """Return one coefficient per model, float64 ``[T]``, where one was given for all or one for each."""
+def expand(values: Sequence[float], num_models: int) -> FloatArray:
+    """Return one number per model, float64 ``[T]``, where one was given for all or one for each."""
     import numpy as np
 
-    expanded: FloatArray = np.array(np.broadcast_to(np.asarray(coefficients, np.float64), (num_models,)))
+    expanded: FloatArray = np.array(np.broadcast_to(np.asarray(values, np.float64), (num_models,)))
     return expanded
-
-
-def make_method(classes: Mapping[str, type[Method]], name: str, parameters: Mapping[str, object]) -> Method:
-    """Return the method ``name`` with ``parameters``.
-
-    Raises:
-        RecipeError: there is no such method, it has no such parameter, or a value cannot be used.
-    """
-    found = classes.get(name)
-    if found is None:
-        raise RecipeError("unknown method", where="method", got=repr(name), expected=", ".join(sorted(classes)))
-    allowed = [field.name for field in dataclasses.fields(found)]
-    for parameter in parameters:
-        if parameter not in allowed:
-            raise RecipeError(
-                f"{name} has no parameter {parameter!r}",
-                where="method",
-                expected=", ".join(allowed) or "no parameters",
-                hint=_hint(classes, parameter),
-            )
-    return found(**parameters)
-
-
-def _hint(classes: Mapping[str, type[Method]], parameter: str) -> str | None:
-    owners = [name for name, cls in classes.items() if parameter in {field.name for field in dataclasses.fields(cls)}]
-    return f"{parameter} belongs to {', '.join(owners)}" if owners else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Method, check_num_coefficients, expand, expect_coefficients
+from .base import Method, expand, of_models
+from .parameters import parameter
 
 if TYPE_CHECKING:
     from .base import FloatArray
@@ -13,27 +14,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskArithmetic(Method):
-    """θ = θ₀ + Σ_t λ_t τ_t with given λ.
+    """θ = θ₀ + λ Σ_t w_t τ_t with given w, divided by Σ_t w_t if ``normalize``.
 
-    Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023; Eq. 2 of the MetaGPT paper (arXiv 2406.11385).
-
-    Args:
-        coefficients: λ, one number for all models or one per model. 0.3 is the usual choice without data.
+    Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089; Eq. 2 of the MetaGPT paper (arXiv
+    2406.11385). 0.3 for each model is the usual choice without data.
     """
 
     name: ClassVar[str] = "task_arithmetic"
-    equation: ClassVar[str] = "λ_t given (default 0.3 each)"
+    equation: ClassVar[str] = "w_t given (default 0.3 each)"
     needs_measurement: ClassVar[bool] = False
+    granularity: ClassVar[str] = "model"
 
-    coefficients: tuple[float, ...] = (0.3,)
+    weight: tuple[float, ...] = parameter(0.3, "w_t, the scaling coefficients", per_model=True, required=True)
+    normalize: bool = parameter(False, "divide by Σ w_t")
+    lambda_: float = parameter(1.0, "factor of the sum", name="lambda")
+    int8_mask: bool = parameter(False, "accepted for mergekit's sake, without effect")
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficients", expect_coefficients(self.name, self.coefficients))
+    def solve(self, gram: FloatArray, has_base: bool) -> FloatArray:
+        """Return λ w, float64 ``[T]``."""
+        weights = expand(self.weight, len(of_models(gram, has_base)))
+        return self.lambda_ * weights / normalizer(weights, self.normalize)
 
-    def check_num_models(self, num_models: int) -> None:
-        """Raise RecipeError unless there is one coefficient for all models, or one for each."""
-        check_num_coefficients(self.name, self.coefficients, num_models)
 
-    def solve(self, gram: FloatArray) -> FloatArray:
-        """Return the given λ, float64 ``[T]``."""
-        return expand(self.coefficients, gram.shape[0] - 1)
+def normalizer(weights: FloatArray, normalize: bool) -> float:
+    """Return Σ w if ``normalize`` and it is not nearly 0, else 1 (as mergekit does)."""
+    total = float(weights.sum())
+    return total if normalize and abs(total) >= 1e-8 else 1.0
