@@ -10,14 +10,39 @@ from collections.abc import Mapping
 from functools import cache
 
 from ..errors import RecipeError
+from .arcee_fusion import ArceeFusion
 from .base import Method
 from .linear import Linear
 from .metagpt import MetaGPT
+from .nearswap import NearSwap
+from .pruning import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear, Ties
+from .ram import RAM, RAMPlus
+from .sce import SCE
+from .sparse import SparseMethod
 from .task_arithmetic import TaskArithmetic
 
 ENTRY_POINT_GROUP = "metagpt_fast.methods"
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (MetaGPT, TaskArithmetic, Linear)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls
+    for cls in (
+        MetaGPT,
+        TaskArithmetic,
+        Linear,
+        Ties,
+        DareLinear,
+        DareTies,
+        Breadcrumbs,
+        BreadcrumbsTies,
+        Della,
+        DellaLinear,
+        SCE,
+        NearSwap,
+        ArceeFusion,
+        RAM,
+        RAMPlus,
+    )
+}
 
 
 def find_method(name: str) -> type[Method]:
@@ -85,4 +110,4 @@ def _announced() -> dict[str, type[Method]]:
     return methods
 
 
-__all__ = ["METHODS", "Linear", "MetaGPT", "Method", "TaskArithmetic", "find_method", "make_method"]
+__all__ = ["METHODS", "Linear", "MetaGPT", "Method", "SparseMethod", "TaskArithmetic", "find_method", "make_method"]

@@ -57,6 +57,11 @@ class Method(ABC):
         """
 
     @property
+    def default_granularity(self) -> str:
+        """Return over what coefficients are solved unless the user says otherwise."""
+        return self.granularity
+
+    @property
     def axis(self) -> Axis | None:
         """Return whether coefficients are solved for each row, or column, of a matrix, and not for whole tensors."""
         return None
