@@ -114,9 +114,86 @@ def merge(
         dtype=dtype,
         exclude=exclude,
     )
-    target = Path(out)
+    return _carry_out(
+        plan,
+        Path(out),
+        started,
+        backend=backend,
+        threads=threads,
+        memory=memory,
+        io=io,
+        max_shard_size=max_shard_size,
+        measurement=measurement,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def run(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge what a recipe says: a YAML file in mergekit's configuration language (docs/recipes.md).
+
+    Args:
+        recipe: the file.
+        out: as for :func:`merge`, and so are the others.
+        backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        threads: threads for the kernels; default all processors.
+        memory: bound of the memory that mapped files may take.
+        io: ``mmap``, ``pread``, or ``auto``.
+        max_shard_size: size of an output file.
+        overwrite: replace a model that is already at ``out``, once the new one is whole.
+        progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or asks for what there is not; it names the line.
+        CheckpointError, PlanError, DataError, OutputError, BackendError: as :func:`merge`.
+    """
+    started = time.perf_counter()
+    return _carry_out(
+        plan_recipe(recipe),
+        Path(out),
+        started,
+        backend=backend,
+        threads=threads,
+        memory=memory,
+        io=io,
+        max_shard_size=max_shard_size,
+        measurement=None,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _carry_out(
+    plan: MergePlan,
+    target: Path,
+    started: float,
+    *,
+    backend: str,
+    threads: int | None,
+    memory: str | int,
+    io: str,
+    max_shard_size: str | int,
+    measurement: str | Path | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> MergeReport:
+    """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype)
+    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
     fingerprints = _fingerprints(plan)
     gram = _load_gram(plan, measurement, fingerprints)
 

@@ -96,6 +96,8 @@ class MergePlan:
         labels: a short, unique name of each model.
         tensors: every tensor of the output, layer by layer, in the order of the base's files.
         buffers: integer tensors, which have to be the same in all checkpoints: the base's with each model's.
+        config_layers: for each layer of the output, which layer of the base its configuration is that of; None where
+            the output has the base's layers.
     """
 
     recipe: Recipe
@@ -104,6 +106,7 @@ class MergePlan:
     labels: tuple[str, ...]
     tensors: tuple[TensorPlan, ...]
     buffers: tuple[tuple[TensorSource, tuple[TensorSource, ...]], ...]
+    config_layers: tuple[int, ...] | None = None
 
     @cached_property
     def merged(self) -> tuple[TensorPlan, ...]:
@@ -130,6 +133,11 @@ class MergePlan:
             key = tensor.layer if self.recipe.granularity == "layer" else tensor.name
             groups.setdefault(key, []).append(tensor)
         return tuple(LayerPlan(name, tuple(tensors)) for name, tensors in groups.items())
+
+    @property
+    def reads_twice(self) -> bool:
+        """Return whether every model is measured whole before it is combined."""
+        return self.recipe.method.needs_measurement and self.recipe.granularity == "model"
 
     @property
     def num_parameters(self) -> int:
@@ -176,6 +184,9 @@ class MergePlan:
                     "base_dtype": t.base.dtype.name if t.base is not None else None,
                     "model_dtypes": [source.dtype.name for source in t.models],
                     "out_dtype": t.out_dtype.name,
+                    "sources": [{"path": str(source.path), "name": source.name} for source in t.sources],
+                    "models": [self.labels[column] for column in t.columns],
+                    "parameters": {} if t.method is None else t.method.parameters(),
                 }
                 for t in self.tensors
             ],

@@ -27,6 +27,7 @@ class Recipe:
         granularity: over what a Gram matrix is summed before solve: ``model``, ``layer`` or ``tensor``.
         out_dtype: dtype of every merged tensor; None keeps the base's, tensor by tensor.
         exclude: tensors whose names this finds are copied from the base and not measured.
+        text: the recipe as it was written, if it came from a file; ``method`` is then the first tensor's.
     """
 
     base: Path
@@ -35,6 +36,7 @@ class Recipe:
     granularity: str = "model"
     out_dtype: DType | None = None
     exclude: re.Pattern[str] | None = None
+    text: str | None = None
 
 
 def make_recipe(

@@ -94,6 +94,7 @@ def make_report(
             "numpy": np.__version__,
         },
         shards=tuple(shard.file_name for shard in shards),
+        recipe=recipe.text,
     )
 
 
