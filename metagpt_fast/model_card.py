@@ -76,6 +76,8 @@ def equation(report: MergeReport) -> str:
     exponent = report.parameters.get("exponent", 2)
     if report.method == "metagpt" and exponent != 2:
         return f"{_GENERAL_EQUATION},  λ_t = ‖τ_t‖^p / Σ_k ‖τ_k‖^p,  p = {exponent}"
+    if report.method == "linear" and report.parameters.get("normalize") is False:
+        return "θ = Σ_t w_t θ_t,  w_t as given"
     coefficients = _COEFFICIENT_EQUATIONS.get(report.method)
     return f"{_GENERAL_EQUATION},  {coefficients}" if coefficients else _GENERAL_EQUATION
 
@@ -153,6 +155,8 @@ def _argument(name: str) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
