@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import metagpt_fast as mf
+from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.dtypes import BF16, F16, F32, F64, OUTPUT_DTYPES
 
 from . import oracle
@@ -324,3 +325,29 @@ def test_combinations_of_settings_agree_on_one_model(tmp_path):
         values = read_state(out)
         # base + (model − base) rounds where base is far larger; to bf16 that shows in hardly any element.
         assert sum(np.count_nonzero(values[n].values != states[1][n].values) for n in differing) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "events"),
+    [
+        ({}, ["measure", "kernel", "combine", "kernel"]),
+        ({"granularity": "layer"}, ["measure and combine", "kernel"]),
+        ({"method": "linear"}, ["combine", "kernel"]),
+    ],
+    ids=str,
+)
+def test_a_phase_begins_before_its_first_batch(tmp_path, monkeypatch, settings, events):
+    happened = []
+
+    class Starts(Recorder):
+        def start(self, phase, total_nbytes):
+            super().start(phase, total_nbytes)
+            happened.append(phase)
+
+    for name in ("layer_gram", "layer_merge"):
+        kernel = getattr(CpuBackend, name)
+        monkeypatch.setattr(CpuBackend, name, lambda *a, kernel=kernel: happened.append("kernel") or kernel(*a))
+    monkeypatch.setattr("metagpt_fast.merging._window_nbytes", lambda memory: 1000)
+    base, models = three_models(tmp_path / "in")
+    mf.merge(base, models, tmp_path / "out", progress=Starts(), **settings)
+    assert [event for event, _ in itertools.groupby(happened)] == events
