@@ -173,9 +173,9 @@ class LayerPass:
         last = 0
         for scope in scopes:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
-            self.coefficients[scope] = method.solve(self.gram[first:last].sum(axis=0))
+            self.coefficients[scope] = method.solve(trust.sum_of(self.gram[first:last], self._plan.base.path))
         if method.needs_measurement and last == len(self._plan.merged):
-            total = self.gram.sum(axis=0)
+            total = trust.sum_of(self.gram, self._plan.base.path)
             trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:

@@ -221,6 +221,7 @@ def measure(
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
+    trust.sum_of(layers.gram, plan.base.path)
     _check_unchanged(plan, fingerprints)
     return _measurement(plan, layers.gram, fingerprints)
 

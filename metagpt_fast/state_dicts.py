@@ -191,7 +191,7 @@ def _check_gram(gram: FloatArray, names: Sequence[str], layer: Sequence[Sequence
         _refuse_nonfinite(names, layer, uses_base=True, backend=backend)
         raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
     labels = [f"models[{t}]" for t in range(gram.shape[1] - 1)]
-    trust.check_any_change(labels, norms_of(gram.sum(axis=0)), "base")
+    trust.check_any_change(labels, norms_of(trust.sum_of(gram, "merge_state_dicts")), "base")
 
 
 def _refuse_nonfinite(

@@ -199,6 +199,12 @@ def test_norms_that_overflow_are_not_taken_for_nan():
     assert "overflows float64" in refused(mf.DataError, ONES, huge).what
 
 
+def test_sums_of_norms_that_overflow_are_refused():
+    zeros = {name: np.zeros(3) for name in "ab"}
+    huge = {name: np.full(3, 0.7e154) for name in "ab"}  # 1.5e308 each, 2.9e308 together
+    assert "overflows float64" in refused(mf.DataError, zeros, huge, huge).what
+
+
 def test_other_refusals():
     assert "every model equals the base" in str(refused(mf.DataError, ONES, ONES, dict(ONES)))
     refused(mf.RecipeError, ONES)
