@@ -282,13 +282,15 @@ def test_measure_and_plan_write_nothing(tmp_path):
 
 
 def test_labels_of_models_with_one_name(tmp_path):
-    states = random_states(14, [(BF16,)] * 3, {"a": (8,)})
+    states = random_states(14, [(BF16,)] * 4, {"a": (8,)})
     base = write_state(tmp_path / "base", states[0])
     paths = []
-    for parent, state in zip("xy", states[1:], strict=True):
-        (tmp_path / parent).mkdir()
-        paths.append(write_state(tmp_path / parent / "final", state))
-    assert mf.merge(base, paths, tmp_path / "out").labels == ("final (1)", "final (2)")
+    for name, state in zip(("x/final", "y/final", "final (1)"), states[1:], strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paths.append(write_state(tmp_path / name, state))
+    assert mf.plan_merge(base, paths[:2]).labels == ("final (1)", "final (2)")
+    assert mf.plan_merge(base, paths).labels == ("final (2)", "final (3)", "final (1)")
+    assert mf.merge(base, [paths[0], paths[0]], tmp_path / "out").labels == ("final (1)", "final (2)")
 
 
 def test_overwrite_and_an_output_that_exists(tmp_path):
