@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def merge_state_dicts(
         dtype: of new tensors, as for :func:`metagpt_fast.merge`; not with ``out``.
         exclude: as for :func:`metagpt_fast.merge`.
         out: tensors to write into, by name: may be ``base`` itself, which updates it in place. Integer and excluded
-            tensors are not merged, and not written: the result has the base's own.
+            tensors are not merged, and not written: the result has the base's own. Two names may share memory where
+            they do in the base and in every model (tied embeddings); it is written once.
         threads: threads for the kernels.
         backend: ``auto``, ``cpu`` or ``reference``.
 
@@ -82,6 +84,7 @@ def merge_state_dicts(
     columns = [[model[name] for name in names] for model in models]
     layer = _views(names, bases, columns)
     outputs = _outputs(names, layer, bases, dtype, out)
+    repeated = _repeated(names, layer, outputs, [base[name] for name in kept_names]) if out is not None else set()
 
     solver = recipe.method
     gram = np.zeros((len(names), 1 + len(models), 1 + len(models)))
@@ -110,10 +113,11 @@ def merge_state_dicts(
             backend=backend,
         )
 
-    merged_rows = [row for row, copied in enumerate(is_copied) if not copied]
+    rows_to_write = sorted(set(range(len(names))) - repeated)
+    merged_rows = [row for row in rows_to_write if not is_copied[row]]
     combine(merged_rows, bases if solver.uses_base else None, columns, weights[merged_rows])
     # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
-    combine([row for row, copied in enumerate(is_copied) if copied], None, [bases], [1.0])
+    combine([row for row in rows_to_write if is_copied[row]], None, [bases], [1.0])
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
 
@@ -241,3 +245,46 @@ def _outputs(
                 expected=f"{list(row[0].shape)}, as in the base",
             )
     return [out[name] for name in names]
+
+
+def _repeated(
+    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], outputs: Sequence[Any], kept: Sequence[Any]
+) -> set[int]:
+    """Return the rows whose output is a second name of another row's, all of whose inputs are, too: tied embeddings.
+
+    Raises:
+        RecipeError: writing an output would change a tensor that is read after it, kept, or written as well.
+    """
+    first_row: dict[tuple[int, int], int] = {}
+    repeated = set()
+    spans = []  # of memory: first byte, end, the name that it belongs to, whether it is written
+    for row, output in enumerate(outputs):
+        span = _span(ops.view(output, "out"))
+        first = first_row.setdefault(span, row)
+        is_tied = [_span(each) for each in layer[row]] == [_span(each) for each in layer[first]]
+        if first == row:
+            spans.append((*span, names[row], True))
+        if first == row or is_tied:
+            spans += [(*_span(each), names[row], False) for each in layer[row] if _span(each) != span]
+            repeated |= {row} - {first}
+        else:
+            spans.append((*span, names[row], True))
+    for array in kept:
+        with contextlib.suppress(RecipeError):  # of a dtype that the kernels, and so the outputs, do not have
+            spans.append((*_span(ops.view(array, "base")), "an excluded one", False))
+    end = end_of_outputs = 0
+    for start, stop, name, is_output in sorted(span for span in spans if span[0] < span[1]):
+        if start < (end if is_output else end_of_outputs):
+            raise RecipeError(
+                f"tensor {brief(name)} shares memory with another that is read or written, too",
+                where="out",
+                expected="memory of its own, or the base's or a model's tensor of the same name",
+                hint="merge without out=, into new tensors",
+            )
+        end = max(end, stop)
+        end_of_outputs = max(end_of_outputs, stop) if is_output else end_of_outputs
+    return repeated
+
+
+def _span(view: ops.ArrayView) -> tuple[int, int]:
+    return view.address, view.address + view.numel * view.dtype.itemsize
