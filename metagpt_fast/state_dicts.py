@@ -68,6 +68,8 @@ def merge_state_dicts(
         PlanError: a tensor is missing from a model, extra in it, or of another shape, or integers differ.
         DataError: the tensors hold NaN or Inf, or no model differs from the base.
     """
+    if isinstance(models, Mapping):
+        raise RecipeError("models", got=type(models).__name__, expected="a list of mappings, one per model")
     recipe = make_recipe(
         "base",
         [f"models[{t}]" for t in range(len(models))],
@@ -79,6 +81,7 @@ def merge_state_dicts(
         dtype=dtype,
         exclude=exclude,
     )
+    _check_mappings(base, models)
     names, kept_names = _split(base, models, recipe.exclude)
     bases = [base[name] for name in names]
     columns = [[model[name] for name in names] for model in models]
@@ -120,6 +123,15 @@ def merge_state_dicts(
     combine([row for row in rows_to_write if is_copied[row]], None, [bases], [1.0])
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
+
+
+def _check_mappings(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> None:
+    for where, each in (("base", base), *((f"models[{t}]", model) for t, model in enumerate(models))):
+        if not isinstance(each, Mapping):
+            raise RecipeError("not a mapping", where=where, got=type(each).__name__, expected="tensors by name")
+        for name in each:
+            if not isinstance(name, str):
+                raise RecipeError("the name of a tensor", where=where, got=brief(name), expected="a string")
 
 
 def _split(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]], exclude: Any) -> tuple[list[str], list[str]]:
@@ -165,7 +177,12 @@ def _scopes(names: Sequence[str], granularity: str) -> list[list[int]]:
 
 
 def _same_integers(a: Any, b: Any) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
+    if not _is_integer(b):
+        return False
+    try:
+        a, b = np.asarray(a), np.asarray(b)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's meta tensors, or those of a GPU
+        raise RecipeError(f"an integer tensor cannot be read ({error})", where="merge_state_dicts") from error
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 

@@ -257,3 +257,34 @@ def test_outputs_that_would_change_another_tensor_are_refused():
     np.testing.assert_array_equal(base["embed"], 1)
     mf.merge_state_dicts({"a": array[:6]}, [{"a": array[:6] + 1}], out={"a": array[6:]})
     np.testing.assert_array_equal(array, [1] * 6 + [2] * 6)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, dtype=torch.bfloat16),
+        torch.zeros(2, requires_grad=True),
+        [0, [0]],
+        None,
+    ],
+    ids=["bf16", "gradient", "ragged list", "none"],
+)
+def test_what_is_no_integer_tensor_differs_from_one(value):
+    base = {**ONES, "ids": torch.zeros(2, dtype=torch.int64)}
+    assert "'ids' differs" in refused(mf.PlanError, base, {**TWOS, "ids": value}).what
+
+
+def test_tensors_without_memory_are_refused():
+    empty = {"a": torch.empty(2, device="meta")}
+    assert "meta" in str(refused(mf.RecipeError, empty, {"a": torch.ones(2)}))
+    empty = {"ids": torch.empty(2, dtype=torch.int64, device="meta")}
+    assert "meta" in str(refused(mf.RecipeError, {**ONES, **empty}, {**TWOS, **empty}))
+
+
+def test_models_that_are_no_mappings_are_refused():
+    for models in ([np.ones(3)], ["chat"], [None], [[ONES]]):
+        assert refused(mf.RecipeError, ONES, *models).where == "models[0]"
+    assert refused(mf.RecipeError, [np.ones(3)], ONES).where == "base"
+    with pytest.raises(mf.RecipeError, match="a list of"):
+        mf.merge_state_dicts(ONES, TWOS)
+    assert refused(mf.RecipeError, {0: np.ones(3)}, {0: np.ones(3)}).got == "0"
