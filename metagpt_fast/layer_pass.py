@@ -165,6 +165,7 @@ class LayerPass:
                 continue
             if coming is not None and coming is not step.batch:
                 self._files.prefetch(coming.ranges)
+            phase.begin(step)
             if step.action == "measure":
                 self._measure(step.batch)
                 self.seconds_measure += time.perf_counter() - started
@@ -197,6 +198,7 @@ class LayerPass:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
             self._operation.solve(range(first, last))
         if last == len(self._plan.merged) and (total := self.total_gram) is not None:
+            trust.sum_of(total[None], self._plan.base.path)
             trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
@@ -285,24 +287,18 @@ class _Phases:
         self._progress = progress
         actions = [step.action for step in steps if step.batch is not None]
         num_changes = sum(a != b for a, b in itertools.pairwise(actions))
-        self._is_one_pass = num_changes > 1 or len(set(actions)) < 2
+        self._is_mixed = num_changes > 1
         self._name: str | None = None
-        self._actions = set(actions)
         self._steps = steps
 
+    def begin(self, step: Step) -> None:
+        """Report a step that is about to run, so that a phase's time has its first batch in it."""
+        self._enter("measure and combine" if self._is_mixed else step.action)
+
     def done(self, step: Step) -> None:
-        """Report a finished step."""
-        if self._progress is None or step.batch is None:
-            return
-        if self._is_one_pass and len(self._actions) > 1:
-            name = "measure and combine"
-            if step.action == "measure":
-                self._enter(name)
-                return
-        else:
-            name = step.action
-        self._enter(name)
-        self._progress.advance(step.batch.nbytes)
+        """Report a finished step; of a batch that is measured and combined at once, the second one counts."""
+        if self._progress is not None and step.batch is not None and not (self._is_mixed and step.action == "measure"):
+            self._progress.advance(step.batch.nbytes)
 
     def finish(self) -> None:
         """End the phase that is under way."""

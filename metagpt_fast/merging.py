@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import _native
+from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
 from .checkpoint import open_checkpoint
@@ -297,8 +297,9 @@ def measure(
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
-    _check_unchanged(plan, fingerprints)
     assert layers.gram is not None  # it has just been measured
+    trust.sum_of(layers.gram, plan.base.path)
+    _check_unchanged(plan, fingerprints)
     return _measurement(plan, layers.gram, fingerprints)
 
 

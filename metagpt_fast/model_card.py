@@ -82,6 +82,8 @@ def equation(report: MergeReport) -> str:
     exponent = report.parameters.get("exponent", 2)
     if report.method == "metagpt" and exponent != 2:
         return f"{_GENERAL_EQUATION},  λ_t = ‖τ_t‖^p / Σ_k ‖τ_k‖^p,  p = {exponent}"
+    if report.method == "linear" and report.parameters.get("normalize") is False:
+        return "θ = Σ_t w_t θ_t,  w_t as given"
     coefficients = _COEFFICIENT_EQUATIONS.get(report.method)
     if coefficients is None and report.method in METHODS:
         return METHODS[report.method].equation

@@ -179,7 +179,10 @@ def view(array: Any, where: str, *, writable: bool = False) -> ArrayView:
         )
     if getattr(array, "requires_grad", False):
         array = array.detach()
-    device_type = int(array.__dlpack_device__()[0])
+    try:
+        device_type = int(array.__dlpack_device__()[0])
+    except (RuntimeError, BufferError, TypeError, ValueError) as error:  # torch's meta tensors have no memory
+        raise RecipeError(f"cannot be used through DLPack ({error})", where=where) from error
     if device_type != _DLPACK_CPU:
         raise RecipeError(
             "the tensor is not in CPU memory", where=where, got=str(getattr(array, "device", device_type)),

@@ -262,11 +262,15 @@ def _copy(source: TensorSource) -> TensorPlan:
 
 def _unique_labels(models: Sequence[Checkpoint]) -> tuple[str, ...]:
     names = [model.label for model in models]
-    seen: dict[str, int] = {}
+    taken = set(names)
     labels = []
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        labels.append(name if names.count(name) == 1 else f"{name} ({seen[name]})")
+        label, number = name, 0
+        while names.count(name) > 1 and label in taken:
+            number += 1
+            label = f"{name} ({number})"
+        taken.add(label)
+        labels.append(label)
     return tuple(labels)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import DataError
+from ..untrusted import brief
 from .base import Operation, Row
 
 if TYPE_CHECKING:
@@ -41,7 +43,11 @@ class LinearOperation(Operation):
     def solve(self, rows: Sequence[int]) -> None:
         """Sum the scope's Gram matrices and let each tensor's method solve for its coefficients."""
         assert self.gram is not None
-        total = self.gram[rows].sum(axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = self.gram[rows].sum(axis=0)
+        if not np.isfinite(total.diagonal()).all():
+            where = f"tensors from {brief(self._rows[rows[0]].name)} on"
+            raise DataError("the squared norm over several tensors overflows float64", where=where)
         solved: dict[int, FloatArray] = {}  # by the method's identity: a plan shares instances
         for number in rows:
             row = self._rows[number]
