@@ -75,7 +75,7 @@ class Measurement:
 
     def coefficients(self, exponent: float = 2.0) -> FloatArray:
         """Return MetaGPT's λ over the whole model, float64 ``[T]`` (arXiv 2406.11385, Eq. 15 for exponent 2)."""
-        return MetaGPT(exponent=exponent).solve(self.total)
+        return MetaGPT(exponent=exponent).solve(self.total, True)
 
     def warnings(self) -> tuple[str, ...]:
         """Return what a user should know before trusting a merge of these models."""

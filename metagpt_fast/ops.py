@@ -98,7 +98,7 @@ def layer_gram(
         table = layer_table(
             [[view.place for view in row] for row in layer], [row[0].numel for row in layer], base is not None
         )
-        with _threads(threads):
+        with threads_for_call(threads):
             make_backend(backend).layer_gram(table, gram)
     return gram
 
@@ -157,7 +157,7 @@ def layer_merge(
     table = layer_table(
         [[each.place for each in row] for row in layer], [row[0].numel for row in layer], base is not None
     )
-    with _threads(threads):
+    with threads_for_call(threads):
         make_backend(backend).layer_merge(table, weights, output_table([output.place for output in outputs]))
     return results
 
@@ -308,7 +308,7 @@ def _wrong_dtype(where: str, dtype: object) -> RecipeError:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def threads_for_call(threads: int | None) -> Iterator[None]:
     """Run with this number of threads, then go back to what was set."""
     if threads is None:
         yield

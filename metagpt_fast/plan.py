@@ -13,6 +13,8 @@ from typing import Any, Literal
 from .checkpoint import Checkpoint, TensorSource
 from .dtypes import DType, is_integer
 from .errors import PlanError
+from .methods import Method
+from .operations import Row
 from .output_shards import OutputTensor
 from .recipe import Recipe
 from .untrusted import brief
@@ -30,19 +32,39 @@ class TensorPlan:
         name: the tensor's name, the same in all checkpoints and the output.
         shape: its shape.
         layer: the decoder layer it belongs to, or its own name.
-        base: where the base's bytes are.
+        base: where the base's bytes are, if the merge adds task vectors to it; the source of a copied tensor.
         models: where each model's bytes are, in the order of the models; empty for a copied tensor.
         out_dtype: dtype in the output.
         action: ``merge``, or ``copy`` the base's bytes (excluded by name, or an integer buffer).
+        method: how it is merged, with the parameters of this tensor; None for a copied one.
+        columns: which models of the plan ``models`` are; empty for a copied tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     layer: str
-    base: TensorSource
+    base: TensorSource | None
     models: tuple[TensorSource, ...]
     out_dtype: DType
     action: Literal["merge", "copy"]
+    method: Method | None = None
+    columns: tuple[int, ...] = ()
+
+    @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """Return what is read of it: the base, where there is one, and the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+    @property
+    def nbytes_read(self) -> int:
+        """Return the bytes of all sources."""
+        return sum(source.nbytes for source in self.sources)
+
+    @property
+    def row(self) -> Row:
+        """Return a merged tensor as the operations take it."""
+        assert self.method is not None  # the plan gives every merged tensor one
+        return Row(self.name, self.shape, self.method, len(self.models), self.base is not None)
 
     @property
     def numel(self) -> int:
@@ -69,11 +91,13 @@ class MergePlan:
 
     Attributes:
         recipe: what was asked for.
-        base: the base checkpoint.
-        models: the models' checkpoints.
+        base: the checkpoint that gives config, tokenizer and what is copied: the base.
+        models: the checkpoints that are combined; the base is among them where the method takes it as a model.
         labels: a short, unique name of each model.
         tensors: every tensor of the output, layer by layer, in the order of the base's files.
         buffers: integer tensors, which have to be the same in all checkpoints: the base's with each model's.
+        config_layers: for each layer of the output, which layer of the base its configuration is that of; None where
+            the output has the base's layers.
     """
 
     recipe: Recipe
@@ -82,6 +106,7 @@ class MergePlan:
     labels: tuple[str, ...]
     tensors: tuple[TensorPlan, ...]
     buffers: tuple[tuple[TensorSource, tuple[TensorSource, ...]], ...]
+    config_layers: tuple[int, ...] | None = None
 
     @cached_property
     def merged(self) -> tuple[TensorPlan, ...]:
@@ -92,6 +117,11 @@ class MergePlan:
     def copied(self) -> tuple[TensorPlan, ...]:
         """Return the tensors that are copied from the base."""
         return tuple(tensor for tensor in self.tensors if tensor.action == "copy")
+
+    @cached_property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Return every checkpoint once, the base first."""
+        return tuple({id(each): each for each in (self.base, *self.models)}.values())
 
     @cached_property
     def scopes(self) -> tuple[LayerPlan, ...]:
@@ -105,23 +135,24 @@ class MergePlan:
         return tuple(LayerPlan(name, tuple(tensors)) for name, tensors in groups.items())
 
     @property
+    def reads_twice(self) -> bool:
+        """Return whether every model is measured whole before it is combined."""
+        return self.recipe.method.needs_measurement and self.recipe.granularity == "model"
+
+    @property
     def num_parameters(self) -> int:
         """Return the number of elements of all output tensors."""
         return sum(tensor.numel for tensor in self.tensors)
 
     @cached_property
     def nbytes_measured(self) -> int:
-        """Return the bytes that measuring reads: base and models of every merged tensor."""
-        return sum(t.base.nbytes + sum(source.nbytes for source in t.models) for t in self.merged)
+        """Return the bytes that measuring reads: what every merged tensor is made of."""
+        return sum(t.nbytes_read for t in self.merged)
 
     @cached_property
     def nbytes_combined(self) -> int:
-        """Return the bytes that combining reads: what the method sums, and the copied tensors."""
-        uses_base = self.recipe.method.uses_base
-        merged = sum(
-            (t.base.nbytes if uses_base else 0) + sum(source.nbytes for source in t.models) for t in self.merged
-        )
-        return merged + sum(t.base.nbytes for t in self.copied)
+        """Return the bytes that combining reads: what the method combines, and the copied tensors."""
+        return sum(t.nbytes_read for t in self.tensors)
 
     @cached_property
     def nbytes_written(self) -> int:
@@ -150,9 +181,12 @@ class MergePlan:
                     "layer": t.layer,
                     "shape": list(t.shape),
                     "action": t.action,
-                    "base_dtype": t.base.dtype.name,
+                    "base_dtype": t.base.dtype.name if t.base is not None else None,
                     "model_dtypes": [source.dtype.name for source in t.models],
                     "out_dtype": t.out_dtype.name,
+                    "sources": [{"path": str(source.path), "name": source.name} for source in t.sources],
+                    "models": [self.labels[column] for column in t.columns],
+                    "parameters": {} if t.method is None else t.method.parameters(),
                 }
                 for t in self.tensors
             ],
@@ -181,8 +215,7 @@ def make_plan(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint]) ->
         else:
             for each in (source, *sources):
                 _check_mergeable(each)
-            out_dtype = recipe.out_dtype or source.dtype
-            tensors.append(TensorPlan(name, source.shape, layer_of(name), source, sources, out_dtype, "merge"))
+            tensors.append(_merge(recipe, source, sources))
     _check_no_extra(recipe, base, models, labels)
     if not any(tensor.action == "merge" for tensor in tensors):
         raise PlanError(
@@ -193,6 +226,9 @@ def make_plan(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint]) ->
         )
     order = {layer: i for i, layer in enumerate(dict.fromkeys(tensor.layer for tensor in tensors))}
     tensors.sort(key=lambda tensor: order[tensor.layer])
+    if recipe.method.base == "model":
+        models = (base, *models)
+        labels = _unique_labels(models)
     return MergePlan(recipe, base, tuple(models), labels, tuple(tensors), tuple(buffers))
 
 
@@ -200,6 +236,24 @@ def layer_of(name: str) -> str:
     """Return the layer of a tensor: the name up to its first number, or the whole name if it has none."""
     match = _LAYER.match(name)
     return match.group() if match else name
+
+
+def _merge(recipe: Recipe, base: TensorSource, models: tuple[TensorSource, ...]) -> TensorPlan:
+    """Return the plan of a tensor that all checkpoints have; the method says how the base takes part."""
+    use = recipe.method.base
+    if use == "model":
+        models = (base, *models)
+    return TensorPlan(
+        name=base.name,
+        shape=base.shape,
+        layer=layer_of(base.name),
+        base=base if use in {"required", "optional"} else None,
+        models=models,
+        out_dtype=recipe.out_dtype or base.dtype,
+        action="merge",
+        method=recipe.method,
+        columns=tuple(range(len(models))),
+    )
 
 
 def _copy(source: TensorSource) -> TensorPlan:
@@ -330,4 +384,4 @@ def _vocabulary_pattern(base: Checkpoint) -> str:
 
 def input_paths(plan: MergePlan) -> tuple[Path, ...]:
     """Return the folders and files that the merge reads, as given."""
-    return (plan.base.path, *(model.path for model in plan.models))
+    return tuple(checkpoint.path for checkpoint in plan.checkpoints)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import ops, trust
 from .backends import make_backend
-from .backends.tables import layer_table
+from .backends.tables import LayerTable, layer_table, output_table
 from .dtypes import parse_output_dtype
 from .errors import DataError, PlanError, RecipeError
 from .measurement import norms_of
+from .operations import Operation, Row, make_operation
 from .plan import layer_of
 from .recipe import make_recipe
 from .untrusted import brief
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    FloatArray = NDArray[np.float64]
 
 _EXCLUDE = "to take the base's, use exclude="
 
@@ -30,9 +26,9 @@ def merge_state_dicts(
     models: Sequence[Mapping[str, Any]],
     *,
     method: str = "metagpt",
-    granularity: str = "model",
+    granularity: str | None = None,
     exponent: float | None = None,
-    coefficients: float | Sequence[float] | None = None,
+    coefficients: str | float | Sequence[float] | None = None,
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     exclude: str | None = None,
@@ -79,43 +75,45 @@ def merge_state_dicts(
     )
     names, kept_names = _split(base, models, recipe.exclude)
     bases = [base[name] for name in names]
-    columns = [[model[name] for name in names] for model in models]
-    layer = _views(names, bases, columns)
+    layer = _views(names, bases, [[model[name] for name in names] for model in models])
     outputs = _outputs(names, layer, bases, dtype, out)
 
-    solver = recipe.method
-    gram = np.zeros((len(names), 1 + len(models), 1 + len(models)))
-    is_copied = [False] * len(names)
-    if solver.needs_measurement:
-        gram = ops.layer_gram(bases, columns, threads=threads, backend=backend)
-        _check_gram(gram, names, layer, backend)
-        if solver.uses_base:
-            is_copied = [
-                not squares[1:].any() and ops.view(output, "out").dtype is row[0].dtype
-                for squares, output, row in zip(np.diagonal(gram, axis1=1, axis2=2), outputs, layer, strict=True)
-            ]
-    else:
-        _refuse_nonfinite(names, layer, uses_base=solver.uses_base, backend=backend)
-    weights = np.empty((len(names), len(models)))
-    for rows in _scopes(names, granularity):
-        weights[rows] = solver.solve(gram[rows].sum(axis=0))
-
-    def combine(rows: list[int], first: list[Any] | None, others: list[list[Any]], coefficients: Any) -> None:
-        ops.layer_merge(
-            None if first is None else [first[row] for row in rows],
-            [[column[row] for row in rows] for column in others],
-            coefficients,
-            [outputs[row] for row in rows],
-            threads=threads,
-            backend=backend,
-        )
-
-    merged_rows = [row for row, copied in enumerate(is_copied) if not copied]
-    combine(merged_rows, bases if solver.uses_base else None, columns, weights[merged_rows])
+    has_base = recipe.method.base in {"required", "optional"}
+    operands = [row[recipe.method.base == "ignored" :] for row in layer]
+    rows = [
+        Row(name, views[0].shape, recipe.method, len(views) - has_base, has_base)
+        for name, views in zip(names, operands, strict=True)
+    ]
+    table = layer_table([[view.place for view in views] for views in operands], [row.numel for row in rows], has_base)
+    out_table = output_table([ops.view(output, "out").place for output in outputs])
+    with ops.threads_for_call(threads):
+        operation = make_operation(rows, make_backend(backend))
+        _measure(operation, rows, table, backend)
+        for scope in _scopes(names, recipe.granularity):
+            operation.solve(scope)
+        is_copied = [operation.is_unchanged(k) and out_table.dtypes[k] == table.dtypes[k, 0] for k in range(len(rows))]
+        merged = [k for k, copied in enumerate(is_copied) if not copied]
+        if merged:
+            operation.combine(table.take(merged), merged, out_table.take(merged))
     # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
-    combine([row for row, copied in enumerate(is_copied) if copied], None, [bases], [1.0])
+    copied_rows = [k for k, copied in enumerate(is_copied) if copied]
+    copies = [outputs[k] for k in copied_rows]
+    ops.layer_merge(None, [[bases[k] for k in copied_rows]], [1.0], copies, threads=threads, backend=backend)
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
+
+
+def _measure(operation: Operation, rows: Sequence[Row], table: LayerTable, backend: str) -> None:
+    """Measure if the method needs it, and refuse NaN, Inf, and models that all equal the base."""
+    names = [row.name for row in rows]
+    if operation.needs_measurement and not operation.measure(table, range(len(rows))).all():
+        _refuse_nonfinite(names, table, backend)
+        raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
+    if operation.gram is None or not operation.needs_measurement:
+        _refuse_nonfinite(names, table, backend)
+    elif table.has_base:
+        labels = [f"models[{t}]" for t in range(rows[0].num_models)]
+        trust.check_any_change(labels, norms_of(operation.gram.sum(axis=0)), "base")
 
 
 def _split(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]], exclude: Any) -> tuple[list[str], list[str]]:
@@ -185,25 +183,12 @@ def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequenc
     return layer
 
 
-def _check_gram(gram: FloatArray, names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], backend: str) -> None:
-    """Raise DataError where the weights are not finite, or all task vectors are zero."""
-    if not np.isfinite(np.diagonal(gram, axis1=1, axis2=2)).all():
-        _refuse_nonfinite(names, layer, uses_base=True, backend=backend)
-        raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
-    labels = [f"models[{t}]" for t in range(gram.shape[1] - 1)]
-    trust.check_any_change(labels, norms_of(gram.sum(axis=0)), "base")
-
-
-def _refuse_nonfinite(
-    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], *, uses_base: bool, backend: str
-) -> None:
+def _refuse_nonfinite(names: Sequence[str], table: LayerTable, backend: str) -> None:
     """Raise DataError naming the first tensor with NaN or Inf, if there is one."""
-    places = [[view.place for view in row[not uses_base :]] for row in layer]
-    table = layer_table(places, [row[0].numel for row in layer], uses_base)
     counts, first = make_backend(backend).layer_nonfinite(table)
     if counts.any():
         k, operand = (int(i) for i in np.argwhere(counts)[0])
-        number = operand - uses_base
+        number = operand - table.has_base
         owner = "the base" if number < 0 else f"models[{number}]"
         raise DataError(
             f"tensor {brief(names[k])} of {owner} holds NaN or Inf",

@@ -6,11 +6,13 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from .console import open_console, print_warnings, printable
+from .method_tables import print_tensors
+from .methods import changed_parameters
 from .quantities import format_count, format_nbytes, format_rate, format_seconds
+from .table_parts import make_table, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,12 +72,22 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
     print_warnings(report.warnings, console)
 
 
-def print_plan(plan: MergePlan, shards: Sequence[OutputShard], out: str, console: Console | None = None) -> None:
-    """Print what a merge would do: what is read, merged, copied and written."""
+def print_plan(
+    plan: MergePlan,
+    shards: Sequence[OutputShard],
+    out: str,
+    console: Console | None = None,
+    *,
+    by_tensor: bool = False,
+) -> None:
+    """Print what a merge would do: what is read, merged, copied and written; ``by_tensor`` in detail."""
     console = open_console() if console is None else console
+    if by_tensor:
+        print_tensors(plan, console)
+        console.print()
     recipe = plan.recipe
     passes = f"{format_nbytes(plan.nbytes_combined)}"
-    if recipe.method.needs_measurement and recipe.granularity == "model":
+    if plan.reads_twice:
         passes = f"{format_nbytes(plan.nbytes_measured)} to measure, then {passes} to combine"
     in_scopes = ""
     if recipe.granularity == "layer":
@@ -158,7 +170,7 @@ def _print_coefficients(
     base_norm: float | None,
 ) -> None:
     """One row per model: λ, its share of Σ|λ|, ‖τ‖ and ‖τ‖ as a fraction of the base's norm."""
-    table = _table("model", "λ", "share", "‖τ‖", "‖τ‖ / ‖θ₀‖", left=("model", "share"))
+    table = make_table("model", "λ", "share", "‖τ‖", "‖τ‖ / ‖θ₀‖", left=("model", "share"))
     total = sum(abs(value) for value in coefficients)
     for t, label in enumerate(labels):
         norm = None if norms is None else norms[t]
@@ -176,7 +188,7 @@ def _print_scope_coefficients(console: Console, labels: Sequence[str], report: M
     """One row per model: mean, least and largest λ over the layers or tensors, and their course."""
     num_scopes = len(report.scopes)
     course = f"λ over {num_scopes} {report.granularity}s"
-    table = _table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
+    table = make_table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
     highest = float(report.coefficients.max())
     for t, label in enumerate(labels):
         values = [float(value) for value in report.coefficients[:, t]]
@@ -197,7 +209,7 @@ def _print_cosines(console: Console, labels: Sequence[str], cosines: Sequence[Se
     if num_columns < 2:
         return
     console.print()
-    table = _table("cosine of τ", *(str(t + 1) for t in range(num_columns)), left=("cosine of τ",))
+    table = make_table("cosine of τ", *(str(t + 1) for t in range(num_columns)), left=("cosine of τ",))
     for t, label in enumerate(labels):
         row = ["" if k > t else _cosine(cosines[t][k]) for k in range(num_columns)]
         table.add_row(f"{t + 1} {label}", *row)
@@ -216,14 +228,6 @@ def sparkline(values: Sequence[float], highest: float, width: int = _SPARKLINE_W
         level = mean / highest if highest > 0 and math.isfinite(mean) else 0.0
         blocks.append(_SPARKS[min(max(int(level * len(_SPARKS)), 0), len(_SPARKS) - 1)])
     return "".join(blocks)
-
-
-def _table(*columns: str, left: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        is_left = column in left
-        table.add_column(Text(column), justify="left" if is_left else "right", overflow="fold")
-    return table
 
 
 def _size(nbytes: int | None) -> str:
@@ -255,7 +259,7 @@ def _has_unicode(console: Console) -> bool:
 
 
 def _method(name: str, parameters: Mapping[str, object], granularity: str) -> str:
-    return f"{', '.join([name, *_settings(parameters)])}; granularity {granularity}"
+    return f"{', '.join([name, *settings(changed_parameters(name, parameters))])}; granularity {granularity}"
 
 
 def _checkpoint(checkpoint: Checkpoint) -> str:
@@ -265,11 +269,3 @@ def _checkpoint(checkpoint: Checkpoint) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _settings(parameters: Mapping[str, object]) -> list[str]:
-    return [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in parameters.items()
-        if value is not None
-    ]
