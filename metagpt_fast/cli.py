@@ -242,7 +242,8 @@ def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: b
         metagpt-fast run recipe.yaml merged --dry-run
         metagpt-fast run recipe.yaml merged
     """  # noqa: D301
-    from .merging import plan_output, plan_recipe, run
+    from .merging import plan_output, run
+    from .recipe_plan import plan_recipe
 
     if dry_run:
         plan = plan_recipe(recipe)

@@ -19,9 +19,11 @@ from .errors import DataError, PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
-from .plan import MergePlan, exclude_hint, input_paths, make_plan
+from .plan import MergePlan, input_paths, make_plan
+from .plan_checks import exclude_hint
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
+from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
 from .untrusted import brief
@@ -305,8 +307,9 @@ def measure(
 
 def check_buffers(plan: MergePlan, files: InputFiles) -> None:
     """Compare the integer tensors of all checkpoints; raises PlanError where a model's differ from the base's."""
-    for base, sources in plan.buffers:
-        for label, source in zip(plan.labels, sources, strict=True):
+    for buffer in plan.buffers:
+        base = buffer.source
+        for label, source in buffer.others:
             same = source.dtype is base.dtype and source.nbytes == base.nbytes
             for first in range(0, base.nbytes if same else 0, _COMPARE_NBYTES):
                 count = min(_COMPARE_NBYTES, base.nbytes - first)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
-    warnings: list[str] = plan.recipe.method.warnings()
+    warnings = [*plan.warnings, *plan.recipe.method.warnings()]
     total = layers.total_gram
     if total is not None:
         warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))

@@ -59,7 +59,7 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
     _print_facts(
         console,
         {
-            "method": _method(report.method, report.parameters, report.granularity),
+            "method": _method(report.method, None if report.recipe else report.parameters, report.granularity),
             "tensors": f"{num_merged} merged{copied}; {format_count(report.num_parameters)} parameters, "
             f"dtype {report.out_dtype}",
             "time": f"{format_seconds(report.seconds)} ({measured}, combine {format_seconds(report.seconds_combine)})",
@@ -96,7 +96,9 @@ def print_plan(
     _print_facts(
         console,
         {
-            "method": _method(recipe.method.name, recipe.method.parameters(), recipe.granularity),
+            "method": _method(
+                recipe.method.name, None if recipe.text else recipe.method.parameters(), recipe.granularity
+            ),
             "base": _checkpoint(plan.base),
             **{f"model {t}": f"{_checkpoint(model)}" for t, model in enumerate(plan.models, start=1)},
             "tensors": f"{len(plan.merged)} to merge{in_scopes}, {len(plan.copied)} to copy from the base",
@@ -108,6 +110,7 @@ def print_plan(
     )
     console.print()
     console.print("dry run: only headers were read, nothing was written")
+    print_warnings([*plan.warnings, *plan.recipe.method.warnings()], console)
 
 
 def print_measurement(measurement: Measurement, *, saved_to: str | None = None, console: Console | None = None) -> None:
@@ -187,7 +190,8 @@ def _print_coefficients(
 def _print_scope_coefficients(console: Console, labels: Sequence[str], report: MergeReport) -> None:
     """One row per model: mean, least and largest λ over the layers or tensors, and their course."""
     num_scopes = len(report.scopes)
-    course = f"λ over {num_scopes} {report.granularity}s"
+    # Where parameters differ by tensor there are more rows than scopes of the granularity.
+    course = f"λ over {num_scopes} {'tensor' if report.granularity == 'model' else report.granularity}s"
     table = make_table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
     highest = float(report.coefficients.max())
     for t, label in enumerate(labels):
@@ -258,7 +262,9 @@ def _has_unicode(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
-def _method(name: str, parameters: Mapping[str, object], granularity: str) -> str:
+def _method(name: str, parameters: Mapping[str, object] | None, granularity: str) -> str:
+    if parameters is None:
+        return f"{name}, parameters as in the recipe; granularity {granularity}"
     return f"{', '.join([name, *settings(changed_parameters(name, parameters))])}; granularity {granularity}"
 
 

@@ -268,12 +268,13 @@ def test_only_ids_of_the_hubs_form_are_base_models():
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_flag_is_spelled_as_the_command_reads_it(normalize):
-    report = make_report(method="linear", parameters={"coefficients": (0.5, 0.7), "normalize": normalize})
+    method = "task_arithmetic" if normalize else "linear"  # each where it is not the default, which is left out
+    report = make_report(method=method, parameters={"weight": (0.5, 0.7), "normalize": normalize})
     arguments = shlex.split(fences(model_card(report))["sh"])[2:]
     context = cli.commands["merge"].make_context("merge", arguments)
     assert context.params["parameters"] == {"normalize": normalize}
 
 
 def test_the_equation_of_weights_that_are_not_normalized_has_no_base():
-    parameters = {"coefficients": (0.5, 0.7), "normalize": False}
+    parameters = {"weight": (0.5, 0.7), "normalize": False}
     assert equation(make_report(method="linear", parameters=parameters)) == "θ = Σ_t w_t θ_t,  w_t as given"
