@@ -112,7 +112,7 @@ def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tu
     for row, tensor in enumerate(plan.merged):
         for t, column in enumerate(tensor.columns):
             table[row, column] += coefficients[row, t]
-    if plan.recipe.granularity == "model" and (table == table[:1]).all():
+    if (table == table[:1]).all():
         return ("model",), table[:1]
     names = [scope.name for scope in plan.scopes for _ in scope.tensors]
     firsts = np.flatnonzero([a != b for a, b in zip(names, [None, *names[:-1]], strict=True)])
