@@ -17,6 +17,7 @@ from ._version import __version__
 from .artifacts import model_card, output_files, report_json, warnings_for
 from .backends import Backend, make_backend
 from .checkpoint import Checkpoint, open_checkpoint
+from .dtypes import F16
 from .errors import DataError, PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .layer_pass import LayerPass, Progress
@@ -325,11 +326,13 @@ def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
         total = layers.gram.sum(axis=0)
         warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
     warnings += trust.share_warnings(plan.labels, layers.coefficients)
+    out_dtypes = {tensor.name: tensor.out_dtype for tensor in plan.merged}
     for name, count in layers.num_nonfinite.items():
-        warnings.append(
-            f"{count} elements of tensor {brief(name)} are too large for the output dtype and became Inf; "
-            "use --dtype bf16 or f32"
-        )
+        if out_dtypes[name] is F16:
+            problem = "are too large for the output dtype and became Inf; use --dtype bf16 or f32"
+        else:
+            problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
+        warnings.append(f"{count} elements of tensor {brief(name)} {problem}")
     return (*warnings, *warnings_for(plan.base))
 
 
