@@ -207,7 +207,9 @@ def merge_command(
 
 def _dry_run(base: str, models: tuple[str, ...], out: str, *, as_json: bool, settings: dict[str, Any]) -> None:
     from .merging import plan_merge, plan_output
+    from .recipe import parse_memory
 
+    parse_memory(settings["memory"])
     recipe = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
     plan = plan_merge(base, list(models), **recipe)
     shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
