@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from ._native import isa, num_threads, set_isa, set_num_threads, supported_isas
     from .measurement import Measurement
     from .merging import measure, merge, plan_merge, run
-    from .recipe_plan import plan_recipe
     from .plan import MergePlan
+    from .recipe_plan import plan_recipe
     from .report import MergeReport
     from .state_dicts import merge_state_dicts
 

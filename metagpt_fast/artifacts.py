@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +71,13 @@ def output_files(
     ``config.json`` is adapted; see :func:`merged_config`.
 
     Raises:
-        CheckpointError: ``config.json`` is broken.
+        CheckpointError: ``config.json`` is broken, or a file may not be read.
     """
     files: list[tuple[str, bytes | Path]] = []
     for path in companion_files(base):
         name = path.relative_to(base.path).as_posix()
+        if not os.access(path, os.R_OK):
+            raise unreadable(path, PermissionError())
         files.append((name, merged_config(path, out_dtype, layers) if name == "config.json" else path))
     return files
 
@@ -89,14 +92,15 @@ def warnings_for(base: Checkpoint) -> tuple[str, ...]:
         return ()
     warnings = []
     config = base.path / "config.json"
-    if not config.is_file():
+    candidates = dict(_candidates(base))
+    if config not in candidates:
         warnings.append(f"{base.path}: no config.json, so the output has none and transformers cannot load it")
-    elif "auto_map" in _parse_config(config)[1]:
+    elif candidates[config] is None and "auto_map" in _parse_config(config)[1]:
         warnings.append(
             f"{config}: the model has code of its own (auto_map), which is never copied; to load the output, "
             "read the base's *.py files and copy them into it"
         )
-    warnings += [f"{path}: {problem}, so it was not copied" for path, problem in _candidates(base) if problem]
+    warnings += [f"{path}: {problem}, so it was not copied" for path, problem in candidates.items() if problem]
     return tuple(warnings)
 
 
@@ -114,13 +118,16 @@ def merged_config(path: Path, out_dtype: DType | None, layers: Sequence[int] | N
     content, config = _parse_config(path)
     if out_dtype is None and layers is None:
         return content
-    if out_dtype is not None:
-        if not any(key in config for key in _DTYPE_KEYS):
-            config["torch_dtype"] = None
-        _replace_dtype(config, out_dtype)
-    if layers is not None:
-        _replace_layers(config, layers)
-    return (json.dumps(config, indent=2) + "\n").encode()
+    try:
+        if out_dtype is not None:
+            if not any(key in config for key in _DTYPE_KEYS):
+                config["torch_dtype"] = None
+            _replace_dtype(config, out_dtype)
+        if layers is not None:
+            _replace_layers(config, layers)
+        return (json.dumps(config, indent=2) + "\n").encode()
+    except RecursionError as error:
+        raise CheckpointError("configuration has too many levels", where=path, got=error) from error
 
 
 def report_json(report: MergeReport) -> str:

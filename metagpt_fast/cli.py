@@ -191,7 +191,9 @@ def merge_command(
     """  # noqa: D301
     if dry_run:
         from .merging import plan_merge, plan_output
+        from .recipe import parse_memory
 
+        parse_memory(settings["memory"])
         chosen = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
         plan = plan_merge(base, list(models), **chosen)
         shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
@@ -243,9 +245,11 @@ def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: b
         metagpt-fast run recipe.yaml merged
     """  # noqa: D301
     from .merging import plan_output, run
+    from .recipe import parse_memory
     from .recipe_plan import plan_recipe
 
     if dry_run:
+        parse_memory(settings["memory"])
         plan = plan_recipe(recipe)
         shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
         show_plan(plan, shards, out, as_json=as_json, by_tensor=True)

@@ -133,7 +133,7 @@ def _parse_value(text: str) -> object:
     for candidate in candidates:
         try:
             value: object = json.loads(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         return value
     return text

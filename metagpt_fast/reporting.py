@@ -13,6 +13,7 @@ import numpy as np
 from . import _native, trust
 from ._version import __version__
 from .artifacts import warnings_for
+from .dtypes import F16
 from .measurement import cosines_of, norms_of
 from .report import MergeReport
 from .untrusted import brief
@@ -35,11 +36,13 @@ def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
     if total is not None:
         warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
     warnings += trust.share_warnings(plan.labels, coefficients_by_scope(plan, layers.coefficients)[1])
+    out_dtypes = {tensor.name: tensor.out_dtype for tensor in plan.merged}
     for name, count in layers.num_nonfinite.items():
-        warnings.append(
-            f"{count} elements of tensor {brief(name)} are too large for the output dtype and became Inf; "
-            "use --dtype bf16 or f32"
-        )
+        if out_dtypes[name] is F16:
+            problem = "are too large for the output dtype and became Inf; use --dtype bf16 or f32"
+        else:
+            problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
+        warnings.append(f"{count} elements of tensor {brief(name)} {problem}")
     return (*warnings, *warnings_for(plan.base))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,6 +116,24 @@ def test_links_to_private_files_are_not_followed(tmp_path, base):
     assert "id_rsa" in warning
 
 
+def test_a_configuration_that_is_not_copied_is_not_read(tmp_path, base):
+    secret = tmp_path / "secret"
+    secret.write_text("no JSON")
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to(secret)
+    checkpoint = open_checkpoint(base)
+    assert output_files(checkpoint, BF16) == []
+    (warning,) = warnings_for(checkpoint)
+    assert "config.json: it is a link" in warning
+
+
+def test_unreadable_files_are_found_before_the_work(base, monkeypatch):
+    (base / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"base/tokenizer.json: cannot be read: permission denied"):
+        output_files(open_checkpoint(base), None)
+
+
 def test_large_files_are_not_copied(base):
     with (base / "tokenizer.json").open("wb") as file:
         os.truncate(file.fileno(), 256 * 2**20)
@@ -206,6 +225,14 @@ def test_broken_configurations(base, content, dtype):
         with pytest.raises(CheckpointError) as caught:
             function()
         assert caught.value.where == str(base / "config.json")
+
+
+def test_a_deeply_nested_configuration_is_refused(tmp_path):
+    """Python 3.13 parses more levels than it can write."""
+    path = tmp_path / "config.json"
+    path.write_text('{"a_config":' * 3000 + "1" + "}" * 3000)
+    with pytest.raises(CheckpointError, match="recursion"):
+        merged_config(path, BF16)
 
 
 def test_a_missing_configuration_cannot_be_merged(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from metagpt_fast.cli import cli
+from metagpt_fast.cli_options import AssignmentType
 from metagpt_fast.errors import OutputError, PlanError
 from metagpt_fast.family import PRESETS, make_family
 
@@ -227,6 +228,18 @@ def test_dry_run_finds_what_stops_the_merge(family):
     result = run("merge", *inputs, "-o", str(family / "math"), "--dry-run")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
+
+
+def test_dry_run_refuses_too_little_memory_as_the_merge_does(family):
+    inputs = [str(family / name) for name in ("base", "chat")]
+    for options in ([], ["--dry-run"]):
+        result = run("merge", *inputs, "-o", str(family / "out"), "--memory", "1MiB", *options)
+        assert result.exit_code == 1
+        assert "expected at least 64MiB" in result.stderr
+
+
+def test_a_parameter_of_many_levels_is_text():
+    assert AssignmentType().convert("x=" + "[" * 100_000, None, None) == ("x", "[" * 100_000)
 
 
 def test_a_real_merge_and_a_real_measurement(family):

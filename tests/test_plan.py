@@ -100,6 +100,9 @@ def test_counts_and_dict(family):
         "base_dtype": "F32",
         "model_dtypes": ["BF16", "BF16"],
         "out_dtype": "F32",
+        "sources": [{"path": str(source.path), "name": "head"} for source in plan.tensors[2].sources],
+        "models": ["m0", "m1"],
+        "parameters": {"exponent": 2.0},
     }
 
 

@@ -109,3 +109,9 @@ def test_sums_of_norms_that_overflow_end_the_merge(tmp_path, granularity):
         with pytest.raises(mf.DataError, match="overflows float64"):
             work()
     assert not (tmp_path / "out").exists()
+
+
+def test_overflow_of_a_wide_dtype_is_not_told_to_use_a_wide_dtype(tmp_path):
+    report = merged(tmp_path, [[0.5, 0.25]], method="task_arithmetic", coefficients=1e39)
+    [_, warning] = report.warnings
+    assert warning == "2 elements of tensor 'a' are beyond the range of F32 and became Inf or NaN"
