@@ -15,6 +15,7 @@ from ._version import __version__
 from .artifacts import warnings_for
 from .dtypes import F16
 from .measurement import cosines_of, norms_of
+from .methods import SparseMethod
 from .report import MergeReport
 from .untrusted import brief
 
@@ -115,7 +116,8 @@ def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tu
     for row, tensor in enumerate(plan.merged):
         for t, column in enumerate(tensor.columns):
             table[row, column] += coefficients[row, t]
-    if (table == table[:1]).all():
+    has_scopes = plan.recipe.granularity != "model" and not isinstance(plan.recipe.method, SparseMethod)
+    if not has_scopes and (table == table[:1]).all():
         return ("model",), table[:1]
     names = [scope.name for scope in plan.scopes for _ in scope.tensors]
     firsts = np.flatnonzero([a != b for a, b in zip(names, [None, *names[:-1]], strict=True)])

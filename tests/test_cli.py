@@ -67,6 +67,7 @@ REPORT = FakeReport(
     io="mmap",
     measurement_reused=False,
     shards=("model.safetensors",),
+    recipe=None,
 )
 
 

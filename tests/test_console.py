@@ -53,6 +53,7 @@ def make_report(num_scopes=1, labels=("chat", "math", "code"), **changes):
         "labels": tuple(labels),
         "method": "metagpt",
         "parameters": {"exponent": 2.0, "coefficients": None},
+        "recipe": None,
         "granularity": "model" if num_scopes == 1 else "layer",
         "exclude": None,
         "out_dtype": "BF16",
