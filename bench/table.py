@@ -1,15 +1,29 @@
-"""Prints a result of run.py as Markdown, for the README: python bench/table.py RESULT.json [--write README.md]"""
+"""Prints a result of run.py as Markdown; with --write it puts the same rows, in fewer columns, into the README.
+
+python bench/table.py RESULT.json [--write README.md]
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from benchlib.rows import Result, Row
 from benchlib.show import format_number, format_spread
 
 BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
+
+_MAIN = ("bf16", 3)
+_LABELS = {
+    "metagpt, model": "`--granularity model`",
+    "metagpt, layer": "`--granularity layer`",
+    "metagpt, tensor": "`--granularity tensor`",
+    "metagpt, model, measured before": "`--measurement FILE`, FILE exists",
+    "task_arithmetic": "`--method task_arithmetic`",
+    "plain torch: task_arithmetic": "plain torch, task arithmetic",
+}
 
 
 def bench_table(result: Result, source: str) -> str:
@@ -22,6 +36,25 @@ def bench_table(result: Result, source: str) -> str:
         parts += [_KERNELS, _kernel_table(of_suite["kernels"])]
     if of_suite["startup"]:
         parts.append(_startup_table(of_suite["startup"]))
+    return "\n\n".join(parts)
+
+
+def readme_table(result: Result, source: str) -> str:
+    """Return what a README has room for: every merge, the kernels in bf16 with three models, and the start.
+
+    The reference is a column instead of rows, so that each merge stands beside what it is compared with.
+    """
+    parts = [_conditions(result, source)]
+    of_suite = {suite: [row for row in result.rows if row.suite == suite] for suite in ("merge", "kernels", "startup")}
+    if of_suite["merge"]:
+        parts += [_merge_conditions(of_suite["merge"]), _short_merge_table(of_suite["merge"], result)]
+    if of_suite["kernels"]:
+        main_rows = [
+            row for row in of_suite["kernels"] if (row.parameters["dtype"], row.parameters["num_models"]) == _MAIN
+        ]
+        parts += [_KERNELS, _kernel_table(main_rows or of_suite["kernels"])]
+    if of_suite["startup"]:
+        parts.append(_startup_sentence(of_suite["startup"]))
     return "\n\n".join(parts)
 
 
@@ -89,6 +122,39 @@ def _merge_table(rows: Sequence[Row]) -> str:
     return _markdown(["merge", *columns], lines)
 
 
+def _short_merge_table(rows: Sequence[Row], result: Result) -> str:
+    """Return one line per merge; the references, which have no case, become a column."""
+    references = {
+        (row.parameters["cache"], row.parameters["num_reads"]): row.metrics["seconds"]
+        for row in rows
+        if "case" not in row.parameters and "num_reads" in row.parameters
+    }
+    lines = []
+    for row in rows:
+        facts, metrics = row.parameters, row.metrics
+        if "num_reads" in facts and "case" not in facts:
+            continue
+        reference = references.get((facts.get("cache"), facts.get("num_reads")))
+        spreads = (metrics["seconds"], reference, metrics.get("ratio_to_reference"))
+        numbers = (metrics.get(name) for name in ("gb_per_s", "peak_anonymous_mb", "peak_resident_mb"))
+        lines.append([
+            _LABELS.get(facts.get("case", ""), row.name), _inputs(facts, result), str(metrics["seconds"].n),
+            *(format_spread(spread) if spread else "" for spread in spreads),
+            *(format_number(spread.median) if spread else "" for spread in numbers),
+        ])  # fmt: skip
+    heads = ["merge", "inputs", "rounds", "s", "reference, s", "ratio", "GB/s", "anonymous MB", "resident MB"]
+    return _markdown(heads, lines)
+
+
+def _inputs(facts: Mapping[str, Any], result: Result) -> str:
+    nbytes = (1 + facts["num_models"]) * facts["model_nbytes"]
+    memory_gib = result.machine["memory_gib"]
+    size = f"{nbytes / 1e9:.1f} GB"
+    if memory_gib and nbytes > memory_gib * 2**30:
+        return f"{size}, more than the memory"
+    return f"{size}, {facts['cache']}"
+
+
 _KERNELS = (
     "Kernels in memory. Bytes counted: layer_gram (1+T)·n·itemsize, layer_merge (2+T)·n·itemsize. The ceiling is a "
     "plain read, respectively a triad `a = b + 3·c`, by the same threads in turns with the kernel."
@@ -119,6 +185,14 @@ def _startup_table(rows: Sequence[Row]) -> str:
     return _markdown(["start", "s", "heavy imports"], lines)
 
 
+def _startup_sentence(rows: Sequence[Row]) -> str:
+    times = ", ".join(
+        f"{row.name if ' of ' in row.name else f'`{row.name}`'} {format_spread(row.metrics['seconds'])} s"
+        for row in rows
+    )
+    return f"Start: {times}."
+
+
 def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Return a table whose first column is text and whose others are numbers."""
     rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
@@ -129,7 +203,7 @@ def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 @click.argument("result", type=click.Path(path_type=Path, exists=True))
 @click.option("--write", "target", type=click.Path(path_type=Path, exists=True), help=f"Replace what {BEGIN} encloses.")
 def main(result: Path, target: Path | None) -> None:
-    """Print RESULT as Markdown, or write it into a file."""
+    """Print RESULT as Markdown in full, or write its short form into a file."""
     try:
         if target is None:
             click.echo(bench_table(Result.load(result), result.name))
@@ -138,7 +212,7 @@ def main(result: Path, target: Path | None) -> None:
         if not result.resolve().is_relative_to(folder):
             raise ValueError(f"{result} is not below {folder}: the table could not link to it")
         source = str(result.resolve().relative_to(folder))
-        text = replace_block(target.read_text(encoding="utf-8"), bench_table(Result.load(result), source))
+        text = replace_block(target.read_text(encoding="utf-8"), readme_table(Result.load(result), source))
         target.write_text(text, encoding="utf-8")
     except ValueError as error:
         raise click.ClickException(str(error)) from error

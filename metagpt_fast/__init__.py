@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from . import ops
     from ._native import isa, num_threads, set_isa, set_num_threads, supported_isas
     from .measurement import Measurement
-    from .merging import measure, merge, plan_merge
+    from .merging import measure, merge, plan_merge, run
+    from .recipe_plan import plan_recipe
     from .plan import MergePlan
     from .report import MergeReport
     from .state_dicts import merge_state_dicts
@@ -45,6 +46,8 @@ _MODULE_OF = {
     "merge_state_dicts": "state_dicts",
     "num_threads": "_native",
     "plan_merge": "merging",
+    "plan_recipe": "recipe_plan",
+    "run": "merging",
     "set_isa": "_native",
     "set_num_threads": "_native",
     "supported_isas": "_native",
@@ -70,6 +73,8 @@ __all__ = [
     "num_threads",
     "ops",
     "plan_merge",
+    "plan_recipe",
+    "run",
     "set_isa",
     "set_num_threads",
     "supported_isas",

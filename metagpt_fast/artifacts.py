@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ _PATTERNS = (
     "USE_POLICY*",
 )
 _MAX_FILE_NBYTES = 256 * 2**20
+_NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 5 writes the second
 
 
@@ -61,8 +62,12 @@ def companion_files(base: Checkpoint) -> list[Path]:
     return [path for path, problem in _candidates(base) if problem is None]
 
 
-def output_files(base: Checkpoint, out_dtype: DType | None) -> list[tuple[str, bytes | Path]]:
+def output_files(
+    base: Checkpoint, out_dtype: DType | None, layers: Sequence[int] | None = None
+) -> list[tuple[str, bytes | Path]]:
     """Return name and content, as ``CheckpointWriter.add_file`` takes them, of each companion file.
+
+    ``config.json`` is adapted; see :func:`merged_config`.
 
     Raises:
         CheckpointError: ``config.json`` is broken.
@@ -70,7 +75,7 @@ def output_files(base: Checkpoint, out_dtype: DType | None) -> list[tuple[str, b
     files: list[tuple[str, bytes | Path]] = []
     for path in companion_files(base):
         name = path.relative_to(base.path).as_posix()
-        files.append((name, merged_config(path, out_dtype) if name == "config.json" else path))
+        files.append((name, merged_config(path, out_dtype, layers) if name == "config.json" else path))
     return files
 
 
@@ -95,22 +100,26 @@ def warnings_for(base: Checkpoint) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def merged_config(path: Path, out_dtype: DType | None) -> bytes:
-    """Return the content of the output's ``config.json``.
+def merged_config(path: Path, out_dtype: DType | None, layers: Sequence[int] | None = None) -> bytes:
+    """Return the content of the output's ``config.json``; the file's own, if nothing changes.
 
     Args:
         path: the base's ``config.json``.
-        out_dtype: the dtype of all merged tensors; None if they keep the base's, then the file is unchanged.
+        out_dtype: the dtype of all merged tensors; None if they keep the base's.
+        layers: which of the base's layers each layer of the output is; None if the output has the same layers.
 
     Raises:
         CheckpointError: the file cannot be read, or is not a JSON object.
     """
     content, config = _parse_config(path)
-    if out_dtype is None:
+    if out_dtype is None and layers is None:
         return content
-    if not any(key in config for key in _DTYPE_KEYS):
-        config["torch_dtype"] = None
-    _replace_dtype(config, out_dtype)
+    if out_dtype is not None:
+        if not any(key in config for key in _DTYPE_KEYS):
+            config["torch_dtype"] = None
+        _replace_dtype(config, out_dtype)
+    if layers is not None:
+        _replace_layers(config, layers)
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -161,6 +170,21 @@ def _replace_dtype(config: dict[str, Any], out_dtype: DType) -> None:
             config[key] = out_dtype.torch_name
         elif isinstance(value, dict) and key.endswith("_config") and key != "quantization_config":
             _replace_dtype(value, out_dtype)
+
+
+def _replace_layers(config: dict[str, Any], layers: Sequence[int]) -> None:
+    """Set the number of layers, and take lists that have an entry per layer (layer_types) apart accordingly."""
+    for name in _NUM_LAYERS_KEYS:
+        num_layers = config.get(name)
+        if not isinstance(num_layers, int):
+            continue
+        for key, value in config.items():
+            if isinstance(value, list) and len(value) == num_layers and num_layers > 1:
+                config[key] = [value[min(layer, num_layers - 1)] for layer in layers]
+        config[name] = len(layers)
+    for key, value in config.items():
+        if key == "text_config" and isinstance(value, dict):
+            _replace_layers(value, layers)
 
 
 def _plain(value: object) -> object:

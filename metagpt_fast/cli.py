@@ -15,7 +15,7 @@ import click
 from .cli_errors import ReportingGroup, run_and_exit
 from .cli_options import (
     AssignmentType,
-    NumbersType,
+    CoefficientsType,
     SectionCommand,
     SizeType,
     assignments_to_dict,
@@ -26,6 +26,7 @@ from .cli_options import (
     option,
     speed_options,
 )
+from .cli_output import show_plan, show_report
 
 _EPILOG = """\b
 Exit status: 0 done, 1 a problem with the work, 2 wrong usage, 130 Ctrl-C.
@@ -109,15 +110,15 @@ def cli() -> None:
     "--method",
     metavar="NAME",
     default="metagpt",
-    help="metagpt: λ from the norms. task_arithmetic: λ as given, or 0.3 each. linear: weighted average of the models.",
+    help="metagpt: λ from the norms. task_arithmetic: λ as given, or 0.3 each. linear: weighted average of the models. "
+    "ties, dare_linear, della, slerp, ...: metagpt-fast methods lists all of them.",
 )
 @option(
     "Method",
     "--granularity",
     type=click.Choice(["model", "layer", "tensor"]),
-    default="model",
     help="What one λ per model is computed over. model is the paper's and reads the files twice; "
-    "layer and tensor read them once.",
+    "layer and tensor read them once.  [default: model for metagpt, else the method's]",
 )
 @option(
     "Method",
@@ -129,9 +130,10 @@ def cli() -> None:
 @option(
     "Method",
     "--coefficients",
-    type=NumbersType(),
+    type=CoefficientsType(),
     metavar="λ1,λ2,...",
-    help="One λ per MODEL, in their order, for methods that take them as given.",
+    help="One λ per MODEL, in their order, for methods that take them as given; or metagpt, which computes them for "
+    "the methods that prune.",
 )
 @option(
     "Method",
@@ -141,7 +143,7 @@ def cli() -> None:
     callback=assignments_to_dict,
     metavar="PARAMETER=VALUE",
     multiple=True,
-    help="Any other parameter of the method; may be repeated.",
+    help="Any other parameter of the method (metagpt-fast methods NAME); may be repeated.",
 )
 @exclude_option("Method")
 @option(
@@ -188,38 +190,71 @@ def merge_command(
         metagpt-fast merge base chat math -o out --measurement measured.json
     """  # noqa: D301
     if dry_run:
-        _dry_run(base, models, out, as_json=as_json, settings=settings)
+        from .merging import plan_merge, plan_output
+
+        chosen = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
+        plan = plan_merge(base, list(models), **chosen)
+        shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
+        show_plan(plan, shards, out, as_json=as_json, by_tensor=False)
         return
-    from .console import print_json, print_warnings
     from .merging import merge
     from .progress import open_progress
 
     with open_progress(quiet=quiet) as progress:
         report = merge(base, list(models), out, progress=progress, **settings)
-    if as_json:
-        print_json(report.to_dict())
-        print_warnings(report.warnings)
+    show_report(report, as_json=as_json)
+
+
+@cli.command(
+    "run",
+    cls=SectionCommand,
+    usage="[OPTIONS] RECIPE.yaml OUT",
+    short_help="Merge what a recipe says, in mergekit's language.",
+)
+@click.argument("recipe", metavar="RECIPE.yaml")
+@click.argument("out", metavar="OUT")
+@option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
+@option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
+@option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan tensor by tensor, write nothing.")
+@speed_options
+@display_options
+def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: bool, **settings: Any) -> None:
+    """Merge what RECIPE.yaml says into a checkpoint at OUT.
+
+    The recipe is in mergekit's configuration language:
+
+    \b
+        merge_method: ties
+        base_model: base
+        models:
+          - model: chat
+            parameters: {weight: 0.5, density: 0.6}
+          - model: math
+            parameters: {weight: [0.2, 0.8]}     # a gradient over the layers
+        parameters: {density: 0.4}
+        dtype: float32
+        out_dtype: bfloat16
+
+    Models may be merged whole (models:) or by ranges of layers (slices:); parameters may differ by tensor
+    (filter:). What is not supported is refused by name and line. docs/recipes.md has the language.
+
+    \b
+        metagpt-fast run recipe.yaml merged --dry-run
+        metagpt-fast run recipe.yaml merged
+    """  # noqa: D301
+    from .merging import plan_output, run
+    from .recipe_plan import plan_recipe
+
+    if dry_run:
+        plan = plan_recipe(recipe)
+        shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
+        show_plan(plan, shards, out, as_json=as_json, by_tensor=True)
         return
-    from .tables import print_report
+    from .progress import open_progress
 
-    print_report(report)
-
-
-def _dry_run(base: str, models: tuple[str, ...], out: str, *, as_json: bool, settings: dict[str, Any]) -> None:
-    from .merging import plan_merge, plan_output
-
-    recipe = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
-    plan = plan_merge(base, list(models), **recipe)
-    shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
-    if as_json:
-        from .console import print_json
-
-        files = [{"name": shard.file_name, "nbytes": shard.nbytes} for shard in shards]
-        print_json({**plan.to_dict(), "out": out, "shards": files})
-        return
-    from .tables import print_plan
-
-    print_plan(plan, shards, out)
+    with open_progress(quiet=quiet) as progress:
+        report = run(recipe, out, progress=progress, **settings)
+    show_report(report, as_json=as_json)
 
 
 @cli.command(
@@ -250,9 +285,12 @@ def measure_command(
         metagpt-fast merge base chat math -o merged --measurement measured.json
     """  # noqa: D301
     from .console import print_json, print_warnings
+    from .measurement import check_writable
     from .merging import measure
     from .progress import open_progress
 
+    if out is not None:
+        check_writable(out)
     with open_progress(quiet=quiet) as progress:
         measurement = measure(base, list(models), progress=progress, **settings)
     if out is not None:
@@ -264,6 +302,38 @@ def measure_command(
     from .tables import print_measurement
 
     print_measurement(measurement, saved_to=out)
+
+
+@cli.command(
+    "methods",
+    cls=SectionCommand,
+    usage="[OPTIONS] [NAME]",
+    short_help="The merge methods and their parameters.",
+)
+@click.argument("name", metavar="[NAME]", required=False)
+@json_option
+def methods_command(name: str | None, as_json: bool) -> None:
+    """List the merge methods, or explain one: what it computes, its parameters, its paper.
+
+    \b
+        metagpt-fast methods
+        metagpt-fast methods ties
+        metagpt-fast merge base chat math -o out --method ties --set density=0.5
+    """  # noqa: D301
+    from .methods import describe_methods
+
+    described = describe_methods(name)
+    if as_json:
+        from .console import print_json
+
+        print_json(described)
+        return
+    from .method_tables import print_method, print_methods
+
+    if name is None:
+        print_methods(described)
+    else:
+        print_method(described[0])
 
 
 @cli.command("info", cls=SectionCommand, short_help="Versions, processor, memory, GPUs, backends and why not.")

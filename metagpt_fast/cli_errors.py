@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -15,8 +18,8 @@ from .errors import MetagptFastError
 
 EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
-EXIT_TERMINATED = 143  # 128 + SIGTERM
 
+_STDERR = 2
 _JSON_KEY = "metagpt_fast.json"
 
 
@@ -31,7 +34,7 @@ class ReportingGroup(click.Group):
         """Run the chosen command; METAGPT_FAST_DEBUG lets everything through as a traceback."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, StdoutError):
             raise
         except (Exception, KeyboardInterrupt) as error:
             is_debugging = os.environ.get("METAGPT_FAST_DEBUG", "0") not in {"", "0"}
@@ -49,32 +52,88 @@ def remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bo
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Call ``command``, which ends by SystemExit, and leave with its status.
 
-    SIGTERM leaves through the ``with`` blocks, which remove partial output. A reader of stdout that left,
+    SIGTERM and SIGHUP leave through the ``with`` blocks, which remove partial output. A reader of stdout that left,
     as ``| head`` does, is no error and gets no message at shutdown.
     """
+    _open_standard_streams()
     signal.signal(signal.SIGTERM, _terminate)
-    for stream in (sys.stdout, sys.stderr):
-        reconfigure = getattr(stream, "reconfigure", None)
-        if reconfigure is not None:  # λ and τ must not fail where the terminal's encoding has none
-            reconfigure(errors="replace")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _terminate)
+    # λ and τ must not fail where the terminal's encoding has none.
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        is_terminal = sys.stdout.isatty()
+        encoding = sys.stdout.encoding
+        sys.stdout = _Stdout(sys.stdout.detach(), encoding, "replace", line_buffering=is_terminal)
     try:
         command()
+    except StdoutError as error:
+        _fail_on_stdout(error)
     finally:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up_stdout()
+        except StdoutError as error:
+            _fail_on_stdout(error)
     sys.exit(0)
 
 
+class StdoutError(OSError):
+    """Results cannot be printed; the work may be done all the same."""
+
+
+class _Stdout(io.TextIOWrapper):
+    """Standard output that tells its own failures from those of other files."""
+
+    def write(self, text: str) -> int:
+        with _as_stdout_error():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _as_stdout_error():
+            super().flush()
+
+
+@contextmanager
+def _as_stdout_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StdoutError(error.errno, error.strerror) from error
+
+
+def _fail_on_stdout(error: StdoutError) -> NoReturn:
+    _give_up_stdout()
+    click.echo(f"error: stdout: the result cannot be printed ({error.strerror})", err=True)
+    sys.exit(EXIT_PROBLEM)
+
+
+def _give_up_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller closed, so that no file gets its number: what is printed would land in that file."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(fd)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
+    raise SystemExit(128 + signum)
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Print the message for ``error`` and return the exit status."""
     if isinstance(error, KeyboardInterrupt):
-        click.echo("interrupted: no output was left behind", err=True)
+        click.echo("interrupted: no unfinished output was left behind", err=True)
         return EXIT_INTERRUPTED
     from .console import print_error, print_json, print_message
 

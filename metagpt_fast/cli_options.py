@@ -87,6 +87,16 @@ class NumbersType(_ParamType):
             self.fail(f"got {value!r}, expected numbers with commas between them, such as 0.5,0.3,0.2", param, ctx)
 
 
+class CoefficientsType(NumbersType):
+    """Numbers separated by commas, or the word ``metagpt``."""
+
+    name = "coefficients"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the word, or the numbers, or stop with status 2."""
+        return value if value == "metagpt" else super().convert(value, param, ctx)
+
+
 class AssignmentType(_ParamType):
     """``PARAMETER=VALUE``, as the pair of a name and a value.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MetagptFastError(Exception):
     """Base of every error this package raises on purpose.
@@ -78,3 +80,12 @@ class OutputError(MetagptFastError):
 
 class BackendError(MetagptFastError):
     """A backend, device or instruction set that was asked for cannot be used."""
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str | None:
+    """Return ``did you mean X?`` for the allowed name that is most like ``name``, or None if none is like it."""
+    import difflib
+
+    # Comparing takes the product of both lengths: nothing this long is a slip of the keyboard.
+    close = difflib.get_close_matches(name, allowed, n=1) if len(name) <= 64 else []
+    return f"did you mean {close[0]}?" if close else None

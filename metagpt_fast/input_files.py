@@ -63,13 +63,16 @@ class InputFiles:
     ) -> None:
         self._close()
 
-    def place(self, source: TensorSource, first: int) -> Place:
-        """Return where element ``first`` of a tensor of a mergeable dtype is, as the backends take it."""
+    def place(self, source: TensorSource, first: int, *, is_mapped: bool = True) -> Place:
+        """Return where element ``first`` of a tensor of a mergeable dtype is, as the backends take it.
+
+        In memory if the file is mapped, unless ``is_mapped`` is False: then the kernels read it through buffers.
+        """
         file = self._files[source.path]
         offset = source.data_offset + first * source.dtype.itemsize
         code = source.dtype.code
         assert code is not None  # the plan lets only mergeable dtypes come here
-        return (file.address + offset, MEMORY, code) if file.is_mapped else (offset, file.fd, code)
+        return (file.address + offset, MEMORY, code) if file.is_mapped and is_mapped else (offset, file.fd, code)
 
     def prefetch(self, ranges: Sequence[FileRange]) -> None:
         """Start reading these parts into the page cache, in the background; those already there cost nothing."""

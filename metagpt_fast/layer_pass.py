@@ -13,6 +13,7 @@ from ._native import FileOperandError, place_of
 from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
 from .measurement import norms_of
+from .operations import make_operation
 from .schedule import Batch, Piece, Step, make_schedule
 from .untrusted import brief
 
@@ -54,9 +55,9 @@ class LayerPass:
         progress: what is told how far the work is.
 
     Attributes:
-        gram: the Gram matrix of every merged tensor, float64 ``[N, T+1, T+1]``; zeros if never measured.
-        coefficients: float64 ``[S, T]``, NaN until solved.
-        is_measured: whether ``gram`` is meaningful.
+        gram: the Gram matrix of ``[θ₀, τ_1 ... τ_T]`` of every merged tensor, float64 ``[N, T+1, T+1]``; None if
+            the method measures none, or combines models without a base.
+        coefficients: of every merged tensor, float64 ``[N, T]``, NaN until solved.
         num_unchanged: tensors copied because no model changed them.
         num_nonfinite: output tensor name → elements that overflowed to Inf in the output dtype.
         nbytes_read, nbytes_written: bytes of tensors read from files (once, where combining follows measuring at once)
@@ -79,11 +80,8 @@ class LayerPass:
         self._backend = backend
         self._window_nbytes = window_nbytes
         self._progress = progress
-        num_vectors = 1 + len(plan.models)
-        self._has_gram = gram is not None
-        self.gram = np.zeros((len(plan.merged), num_vectors, num_vectors)) if gram is None else gram
-        self.coefficients = np.full((len(plan.scopes), len(plan.models)), np.nan)
-        self.is_measured = self._has_gram
+        self._operation = make_operation([tensor.row for tensor in plan.merged], backend, gram)
+        self._is_measured = gram is not None
         self.num_unchanged = 0
         self.num_nonfinite: dict[str, int] = {}
         self.nbytes_read = 0
@@ -91,14 +89,45 @@ class LayerPass:
         self.seconds_measure = 0.0
         self.seconds_combine = 0.0
         # Layer by layer, combining finds the bytes in memory; over the whole model it reads the files (again).
-        needs_measuring = plan.recipe.method.needs_measurement and not self._has_gram
-        self._is_second_read = not needs_measuring or plan.recipe.granularity == "model"
+        self._is_second_read = not self._operation.needs_measurement or plan.recipe.granularity == "model"
         self._scope_of_row = np.repeat(np.arange(len(plan.scopes)), [len(scope.tensors) for scope in plan.scopes])
+
+    @property
+    def coefficients(self) -> FloatArray:
+        """Return the coefficients of every merged tensor."""
+        return self._operation.coefficients
+
+    @property
+    def gram(self) -> FloatArray | None:
+        """Return the Gram matrices, if there are any of a base and task vectors."""
+        has_base = all(tensor.base is not None for tensor in self._plan.merged)
+        return self._operation.gram if self._is_measured and has_base else None
+
+    @property
+    def total_gram(self) -> FloatArray | None:
+        """Return the Gram matrix over all merged tensors, float64 ``[1 + M, 1 + M]`` of the plan's M models."""
+        gram = self.gram
+        if gram is None:
+            return None
+        total = np.zeros((1 + len(self._plan.models),) * 2)
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, tensor in enumerate(self._plan.merged):
+            rows_of.setdefault(tensor.columns, []).append(row)
+        for columns, rows in rows_of.items():
+            places = [0, *(1 + column for column in columns)]
+            total[np.ix_(places, places)] += gram[rows, : len(places), : len(places)].sum(axis=0)
+        return total
 
     def measure(self) -> None:
         """Fill in the Gram matrices: one pass over the files, nothing written."""
         self._run(
-            make_schedule(self._plan.scopes, window_nbytes=self._window_nbytes, measure=True, combine=False),
+            make_schedule(
+                self._plan.scopes,
+                window_nbytes=self._window_nbytes,
+                measure=True,
+                combine=False,
+                is_cuttable=self._operation.is_cuttable,
+            ),
             None,
         )
 
@@ -111,9 +140,9 @@ class LayerPass:
         steps = make_schedule(
             self._plan.scopes,
             window_nbytes=self._window_nbytes,
-            measure=self._plan.recipe.method.needs_measurement and not self._has_gram,
+            measure=self._operation.needs_measurement,
             combine=True,
-            uses_base=self._plan.recipe.method.uses_base,
+            is_cuttable=self._operation.is_cuttable,
         )
         self._run(steps, writer)
 
@@ -136,6 +165,7 @@ class LayerPass:
                 continue
             if coming is not None and coming is not step.batch:
                 self._files.prefetch(coming.ranges)
+            phase.begin(step)
             if step.action == "measure":
                 self._measure(step.batch)
                 self.seconds_measure += time.perf_counter() - started
@@ -146,35 +176,29 @@ class LayerPass:
             if coming is not step.batch:
                 self._files.release(step.batch.ranges)
             phase.done(step)
-        if any(step.action == "measure" for step in steps):
-            self.is_measured = True
         phase.finish()
 
     def _measure(self, batch: Batch) -> None:
-        layer = self._table(batch.pieces, has_base=True)
-        sums = self.gram[[piece.row for piece in batch.pieces]]
-        try:
-            self._backend.layer_gram(layer, sums)
-        except FileOperandError as error:
-            raise _io_error(error, batch.pieces) from error
-        squares = np.diagonal(sums, axis1=1, axis2=2)
-        if not np.isfinite(squares).all():
-            self._refuse_nonfinite(batch.pieces, layer)
-            raise DataError(
-                "the squared norm overflows float64",
-                where=f"tensor {brief(batch.pieces[int(np.argmin(np.isfinite(squares).all(axis=1)))].tensor.name)}",
-            )
-        self.gram[[piece.row for piece in batch.pieces]] = sums
+        for pieces in _alike(batch.pieces):
+            layer = self._table(pieces, batch.is_mapped)
+            try:
+                finite = self._operation.measure(layer, [piece.row for piece in pieces])
+            except FileOperandError as error:
+                raise _io_error(error, pieces) from error
+            if not finite.all():
+                self._refuse_nonfinite(pieces, layer)
+                name = pieces[int(np.argmin(finite))].tensor.name
+                raise DataError("the squared norm overflows float64", where=f"tensor {brief(name)}")
+        self._is_measured = True
         self.nbytes_read += batch.nbytes
 
     def _solve(self, scopes: Sequence[int]) -> None:
-        method = self._plan.recipe.method
         last = 0
         for scope in scopes:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
-            self.coefficients[scope] = method.solve(self.gram[first:last].sum(axis=0))
-        if method.needs_measurement and last == len(self._plan.merged):
-            total = self.gram.sum(axis=0)
+            self._operation.solve(range(first, last))
+        if last == len(self._plan.merged) and (total := self.total_gram) is not None:
+            trust.sum_of(total[None], self._plan.base.path)
             trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
@@ -186,57 +210,55 @@ class LayerPass:
                     self.num_unchanged += 1
             else:
                 merged.append(piece)
-        if not merged:
-            return
-        layer = self._table(merged, has_base=self._plan.recipe.method.uses_base)
+        for pieces in _alike(merged):
+            self._combine_alike(pieces, batch.is_mapped, writer)
+        if self._is_second_read:
+            self.nbytes_read += sum(piece.nbytes for piece in merged)
+
+    def _combine_alike(self, pieces: Sequence[Piece], is_mapped: bool, writer: CheckpointWriter) -> None:
+        layer = self._table(pieces, is_mapped)
         places = []
-        for piece in merged:
+        for piece in pieces:
             slot, dtype = writer.slot(piece.tensor.name), piece.tensor.out_dtype
             assert dtype.code is not None  # --dtype takes mergeable dtypes only
             places.append((slot.data_offset + piece.first * dtype.itemsize, slot.fd, dtype.code))
             self.nbytes_written += piece.numel * dtype.itemsize
-        coefficients = self.coefficients[self._scope_of_row[[piece.row for piece in merged]]]
         try:
-            counts = self._backend.layer_merge(layer, coefficients, output_table(places))
+            counts = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
         except FileOperandError as error:
-            raise _io_error(error, merged) from error
+            raise _io_error(error, pieces) from error
         if counts.any():
-            self._refuse_nonfinite(merged, layer)
-            for piece, count in zip(merged, counts.tolist(), strict=True):
+            self._refuse_nonfinite(pieces, layer)
+            for piece, count in zip(pieces, counts.tolist(), strict=True):
                 if count:
                     name = piece.tensor.name
                     self.num_nonfinite[name] = self.num_nonfinite.get(name, 0) + count
-        if self._is_second_read:
-            self.nbytes_read += sum(piece.nbytes for piece in merged)
 
     def _is_unchanged(self, piece: Piece) -> bool:
         """Whether the output is the base's tensor, bit for bit, because no model changed it."""
-        is_measured = self._has_gram or self._plan.recipe.method.needs_measurement
-        return (
-            is_measured
-            and self._plan.recipe.method.uses_base
-            and piece.tensor.out_dtype is piece.tensor.base.dtype
-            and not np.diagonal(self.gram[piece.row])[1:].any()
-        )
+        base = piece.tensor.base
+        return base is not None and piece.tensor.out_dtype is base.dtype and self._operation.is_unchanged(piece.row)
 
     def _copy(self, tensor: TensorPlan, writer: CheckpointWriter) -> None:
         slot = writer.slot(tensor.name)
+        source = tensor.base
+        assert source is not None  # what is copied comes from the base
         try:
-            self._files.copy(tensor.base, slot.fd, slot.data_offset)
+            self._files.copy(source, slot.fd, slot.data_offset)
         except OSError as error:
             raise OutputError(
                 f"cannot copy tensor {brief(tensor.name)} ({error.strerror})",
                 where=slot.path.parent,
-                got=f"an error while copying from {tensor.base.path}",
+                got=f"an error while copying from {source.path}",
             ) from error
-        self.nbytes_read += tensor.base.nbytes
-        self.nbytes_written += tensor.base.nbytes
+        self.nbytes_read += source.nbytes
+        self.nbytes_written += source.nbytes
 
-    def _table(self, pieces: Sequence[Piece], *, has_base: bool) -> LayerTable:
+    def _table(self, pieces: Sequence[Piece], is_mapped: bool) -> LayerTable:
         rows = []
         for piece in pieces:
-            rows.append([self._files.place(source, piece.first) for source in piece.sources])
-        return layer_table(rows, [piece.numel for piece in pieces], has_base)
+            rows.append([self._files.place(source, piece.first, is_mapped=is_mapped) for source in piece.sources])
+        return layer_table(rows, [piece.numel for piece in pieces], pieces[0].tensor.base is not None)
 
     def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable) -> None:
         """Raise DataError naming the first NaN or Inf of the inputs, if there is one."""
@@ -247,7 +269,7 @@ class LayerPass:
         piece = pieces[k]
         source = piece.sources[operand]
         number = operand - layer.has_base
-        owner = "the base" if number < 0 else self._plan.labels[number]
+        owner = "the base" if number < 0 else self._plan.labels[piece.tensor.columns[number]]
         raise DataError(
             f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
             where=source.path,
@@ -265,24 +287,18 @@ class _Phases:
         self._progress = progress
         actions = [step.action for step in steps if step.batch is not None]
         num_changes = sum(a != b for a, b in itertools.pairwise(actions))
-        self._is_one_pass = num_changes > 1 or len(set(actions)) < 2
+        self._is_mixed = num_changes > 1
         self._name: str | None = None
-        self._actions = set(actions)
         self._steps = steps
 
+    def begin(self, step: Step) -> None:
+        """Report a step that is about to run, so that a phase's time has its first batch in it."""
+        self._enter("measure and combine" if self._is_mixed else step.action)
+
     def done(self, step: Step) -> None:
-        """Report a finished step."""
-        if self._progress is None or step.batch is None:
-            return
-        if self._is_one_pass and len(self._actions) > 1:
-            name = "measure and combine"
-            if step.action == "measure":
-                self._enter(name)
-                return
-        else:
-            name = step.action
-        self._enter(name)
-        self._progress.advance(step.batch.nbytes)
+        """Report a finished step; of a batch that is measured and combined at once, the second one counts."""
+        if self._progress is not None and step.batch is not None and not (self._is_mixed and step.action == "measure"):
+            self._progress.advance(step.batch.nbytes)
 
     def finish(self) -> None:
         """End the phase that is under way."""
@@ -297,6 +313,14 @@ class _Phases:
             action = "measure" if name == "measure" else "combine"
             batches = (step.batch for step in self._steps if step.action == action)
             self._progress.start(name, sum(batch.nbytes for batch in batches if batch is not None))
+
+
+def _alike(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Return the pieces in groups that one kernel call can take: with as many models, and with a base or without."""
+    groups: dict[tuple[int, bool], list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault((len(piece.tensor.models), piece.tensor.base is None), []).append(piece)
+    return list(groups.values())
 
 
 def _following(batches: Sequence[Batch | None]) -> list[Batch | None]:

@@ -75,7 +75,7 @@ class Measurement:
 
     def coefficients(self, exponent: float = 2.0) -> FloatArray:
         """Return MetaGPT's λ over the whole model, float64 ``[T]`` (arXiv 2406.11385, Eq. 15 for exponent 2)."""
-        return MetaGPT(exponent=exponent).solve(self.total)
+        return MetaGPT(exponent=exponent).solve(self.total, True)
 
     def warnings(self) -> tuple[str, ...]:
         """Return what a user should know before trusting a merge of these models."""
@@ -172,9 +172,20 @@ def check_writable(path: str | Path) -> None:
         problem, hint = f"there is no folder {folder}", "make the folder first"
     elif not os.access(folder, os.W_OK | os.X_OK):
         problem, hint = f"no permission to write in {folder}", "choose another place"
+    elif os.path.lexists(path) and not _may_be_replaced(path):
+        problem, hint = "it exists and is not a measurement", "choose another name"
     else:
         return
     raise MeasurementError(f"cannot write the measurement ({problem})", where=path, hint=hint)
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is a measurement or empty: a mistyped name must not cost the user a checkpoint."""
+    try:
+        with open_regular(path) as (fd, info):
+            return info.st_size == 0 or FORMAT.encode() in read_at(fd, 256, 0)
+    except CheckpointError:
+        return False
 
 
 def norms_of(gram: FloatArray) -> FloatArray:

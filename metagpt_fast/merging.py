@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import _native, trust
-from ._version import __version__
-from .artifacts import model_card, output_files, report_json, warnings_for
-from .backends import Backend, make_backend
-from .checkpoint import Checkpoint, open_checkpoint
+from .artifacts import model_card, output_files, report_json
+from .backends import make_backend
+from .checkpoint import open_checkpoint
 from .errors import DataError, PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .layer_pass import LayerPass, Progress
-from .measurement import Measurement, check_writable, cosines_of, norms_of
-from .plan import MergePlan, exclude_hint, input_paths, make_plan
+from .measurement import Measurement, check_writable
+from .plan import MergePlan, input_paths, make_plan
+from .plan_checks import exclude_hint
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
+from .recipe_plan import plan_recipe
 from .report import MergeReport
+from .reporting import make_report
 from .untrusted import brief
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
@@ -46,9 +47,9 @@ def merge(
     out: str | Path,
     *,
     method: str = "metagpt",
-    granularity: str = "model",
+    granularity: str | None = None,
     exponent: float | None = None,
-    coefficients: float | Sequence[float] | None = None,
+    coefficients: str | float | Sequence[float] | None = None,
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     backend: str = "auto",
@@ -115,9 +116,86 @@ def merge(
         dtype=dtype,
         exclude=exclude,
     )
-    target = Path(out)
+    return _carry_out(
+        plan,
+        Path(out),
+        started,
+        backend=backend,
+        threads=threads,
+        memory=memory,
+        io=io,
+        max_shard_size=max_shard_size,
+        measurement=measurement,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def run(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge what a recipe says: a YAML file in mergekit's configuration language (docs/recipes.md).
+
+    Args:
+        recipe: the file.
+        out: as for :func:`merge`, and so are the others.
+        backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        threads: threads for the kernels; default all processors.
+        memory: bound of the memory that mapped files may take.
+        io: ``mmap``, ``pread``, or ``auto``.
+        max_shard_size: size of an output file.
+        overwrite: replace a model that is already at ``out``, once the new one is whole.
+        progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or asks for what there is not; it names the line.
+        CheckpointError, PlanError, DataError, OutputError, BackendError: as :func:`merge`.
+    """
+    started = time.perf_counter()
+    return _carry_out(
+        plan_recipe(recipe),
+        Path(out),
+        started,
+        backend=backend,
+        threads=threads,
+        memory=memory,
+        io=io,
+        max_shard_size=max_shard_size,
+        measurement=None,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _carry_out(
+    plan: MergePlan,
+    target: Path,
+    started: float,
+    *,
+    backend: str,
+    threads: int | None,
+    memory: str | int,
+    io: str,
+    max_shard_size: str | int,
+    measurement: str | Path | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> MergeReport:
+    """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype)
+    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
     fingerprints = _fingerprints(plan)
     gram = _load_gram(plan, measurement, fingerprints)
 
@@ -130,14 +208,14 @@ def merge(
             layers.copy(writer)
             layers.merge(writer)
             _check_unchanged(plan, fingerprints)
-            report = _report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
+            report = make_report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
             for name, content in companions:
                 writer.add_file(name, content)
             if not is_file_target(target):
                 writer.add_file("README.md", model_card(report).encode())
             writer.add_file("metagpt_fast.json", report_json(report).encode())
             writer.finish()
-    if measurement is not None and gram is None and layers.is_measured:
+    if measurement is not None and gram is None and layers.gram is not None:
         _measurement(plan, layers.gram, fingerprints).save(measurement)
     return report
 
@@ -147,9 +225,9 @@ def plan_merge(
     models: Sequence[str | Path],
     *,
     method: str = "metagpt",
-    granularity: str = "model",
+    granularity: str | None = None,
     exponent: float | None = None,
-    coefficients: float | Sequence[float] | None = None,
+    coefficients: str | float | Sequence[float] | None = None,
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     exclude: str | None = None,
@@ -221,14 +299,17 @@ def measure(
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
+    assert layers.gram is not None  # it has just been measured
+    trust.sum_of(layers.gram, plan.base.path)
     _check_unchanged(plan, fingerprints)
     return _measurement(plan, layers.gram, fingerprints)
 
 
 def check_buffers(plan: MergePlan, files: InputFiles) -> None:
     """Compare the integer tensors of all checkpoints; raises PlanError where a model's differ from the base's."""
-    for base, sources in plan.buffers:
-        for label, source in zip(plan.labels, sources, strict=True):
+    for buffer in plan.buffers:
+        base = buffer.source
+        for label, source in buffer.others:
             same = source.dtype is base.dtype and source.nbytes == base.nbytes
             for first in range(0, base.nbytes if same else 0, _COMPARE_NBYTES):
                 count = min(_COMPARE_NBYTES, base.nbytes - first)
@@ -250,18 +331,18 @@ def _open_and_plan(recipe: Recipe) -> MergePlan:
 
 
 def _shard_paths(plan: MergePlan) -> Iterator[Path]:
-    for checkpoint in (plan.base, *plan.models):
+    for checkpoint in plan.checkpoints:
         for shard in checkpoint.shards:
             yield shard.path
 
 
 def _fingerprints(plan: MergePlan) -> tuple[list[dict[str, Any]], ...]:
-    return tuple(checkpoint.fingerprint() for checkpoint in (plan.base, *plan.models))
+    return tuple(checkpoint.fingerprint() for checkpoint in plan.checkpoints)
 
 
 def _check_unchanged(plan: MergePlan, fingerprints: Sequence[list[dict[str, Any]]]) -> None:
     """Raise if a file was replaced while it was read; ``fingerprint`` itself raises if size or time changed."""
-    for checkpoint, before in zip((plan.base, *plan.models), fingerprints, strict=True):
+    for checkpoint, before in zip(plan.checkpoints, fingerprints, strict=True):
         if checkpoint.fingerprint() != before:
             raise DataError("the files changed while they were read", where=checkpoint.path)
 
@@ -269,7 +350,7 @@ def _check_unchanged(plan: MergePlan, fingerprints: Sequence[list[dict[str, Any]
 def _load_gram(
     plan: MergePlan, measurement: str | Path | None, fingerprints: Sequence[list[dict[str, Any]]]
 ) -> FloatArray | None:
-    if measurement is None or not plan.recipe.method.needs_measurement:
+    if measurement is None or not plan.recipe.method.uses_measurement:
         return None
     if not os.path.lexists(measurement):
         check_writable(measurement)
@@ -316,70 +397,3 @@ def _num_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         _native.set_num_threads(before)
-
-
-def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
-    warnings: list[str] = []
-    if layers.is_measured:
-        total = layers.gram.sum(axis=0)
-        warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
-    warnings += trust.share_warnings(plan.labels, layers.coefficients)
-    for name, count in layers.num_nonfinite.items():
-        warnings.append(
-            f"{count} elements of tensor {brief(name)} are too large for the output dtype and became Inf; "
-            "use --dtype bf16 or f32"
-        )
-    return (*warnings, *warnings_for(plan.base))
-
-
-def _report(
-    plan: MergePlan,
-    target: Path,
-    shards: Sequence[OutputShard],
-    layers: LayerPass,
-    files: InputFiles,
-    backend: Backend,
-    fingerprints: Sequence[list[dict[str, Any]]],
-    measurement_reused: bool,
-    started: float,
-) -> MergeReport:
-    recipe = plan.recipe
-    total = layers.gram.sum(axis=0)
-    checkpoints: tuple[Checkpoint, ...] = (plan.base, *plan.models)
-    return MergeReport(
-        out=target,
-        base=str(plan.base.path),
-        models=tuple(str(model.path) for model in plan.models),
-        labels=plan.labels,
-        method=recipe.method.name,
-        parameters=recipe.method.parameters(),
-        granularity=recipe.granularity,
-        exclude=recipe.exclude.pattern if recipe.exclude else None,
-        out_dtype=recipe.out_dtype.name.lower() if recipe.out_dtype else "keep",
-        scopes=tuple(scope.name for scope in plan.scopes),
-        coefficients=layers.coefficients,
-        norms=norms_of(total) if layers.is_measured else None,
-        cosines=cosines_of(total) if layers.is_measured else None,
-        base_norm=float(np.sqrt(total[0, 0])) if layers.is_measured else None,
-        warnings=_warnings(plan, layers),
-        num_tensors=len(plan.tensors),
-        num_copied=len(plan.copied) + layers.num_unchanged,
-        num_parameters=plan.num_parameters,
-        nbytes_read=layers.nbytes_read,
-        nbytes_written=layers.nbytes_written,
-        seconds=time.perf_counter() - started,
-        seconds_measure=layers.seconds_measure,
-        seconds_combine=layers.seconds_combine,
-        backend=backend.name,
-        isa=_native.isa(),
-        num_threads=_native.num_threads(),
-        io=files.io,
-        measurement_reused=measurement_reused,
-        fingerprints={str(c.path): f for c, f in zip(checkpoints, fingerprints, strict=True)},
-        versions={
-            "metagpt_fast": __version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
-        shards=tuple(shard.file_name for shard in shards),
-    )

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
+from .methods import METHODS, changed_parameters
 from .quantities import format_count
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 # The Hugging Face hub refuses an upload whose card has a base_model of another form.
 _HUB_ID = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_OPTIONS = {"exponent": "--exponent", "weight": "--coefficients", "coefficients": "--coefficients"}
 _GENERAL_EQUATION = "θ = θ₀ + Σ_t λ_t τ_t,  τ_t = θ_t − θ₀"
+# Where a method's own line would not say it in the symbols of the general equation.
 _COEFFICIENT_EQUATIONS = {
     "metagpt": "λ_t = ‖τ_t‖² / Σ_k ‖τ_k‖²",
     "task_arithmetic": "λ_t as given",
@@ -53,8 +56,11 @@ def model_card(report: MergeReport) -> str:
             "## Warnings",
             _fence("text", (_without_paths(text, report) for text in report.warnings)),
         ]
+    sections.append("## Reproduce")
+    if report.recipe is not None:
+        lines = _without_paths(report.recipe, report).rstrip().splitlines()
+        sections += ["With `recipe.yaml`:", _fence("yaml", lines)]
     sections += [
-        "## Reproduce",
         _fence("sh", [_command(report)]),
         "Fingerprints of the inputs, versions and all numbers are in `metagpt_fast.json`.",
     ]
@@ -76,7 +82,11 @@ def equation(report: MergeReport) -> str:
     exponent = report.parameters.get("exponent", 2)
     if report.method == "metagpt" and exponent != 2:
         return f"{_GENERAL_EQUATION},  λ_t = ‖τ_t‖^p / Σ_k ‖τ_k‖^p,  p = {exponent}"
+    if report.method == "linear" and report.parameters.get("normalize") is False:
+        return "θ = Σ_t w_t θ_t,  w_t as given"
     coefficients = _COEFFICIENT_EQUATIONS.get(report.method)
+    if coefficients is None and report.method in METHODS:
+        return METHODS[report.method].equation
     return f"{_GENERAL_EQUATION},  {coefficients}" if coefficients else _GENERAL_EQUATION
 
 
@@ -130,13 +140,15 @@ def _coefficients(report: MergeReport, names: list[str]) -> str:
 
 def _command(report: MergeReport) -> str:
     """The command line, with ids and folder names in place of the user's paths."""
+    if report.recipe is not None:
+        return shlex.join(["metagpt-fast", "run", "recipe.yaml", _argument(report.out.name)])
     inputs = [_argument(model_id(path)) for path in (report.base, *report.models)]
     words = ["metagpt-fast", "merge", *inputs, "-o", _argument(report.out.name)]
     options = {"--method": report.method, "--granularity": report.granularity}
-    for name, value in report.parameters.items():
+    for name, value in changed_parameters(report.method, report.parameters).items():
         text = _value(value)
-        if name in {"exponent", "coefficients"}:
-            options[f"--{name}"] = text
+        if name in _OPTIONS:
+            options[_OPTIONS[name]] = text
         else:
             words += ["--set", f"{name}={text}"]
     if report.exclude is not None:
@@ -153,7 +165,9 @@ def _argument(name: str) -> str:
 
 
 def _value(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(_value, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _without_paths(text: str, report: MergeReport) -> str:

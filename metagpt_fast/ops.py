@@ -98,7 +98,7 @@ def layer_gram(
         table = layer_table(
             [[view.place for view in row] for row in layer], [row[0].numel for row in layer], base is not None
         )
-        with _threads(threads):
+        with threads_for_call(threads):
             make_backend(backend).layer_gram(table, gram)
     return gram
 
@@ -157,7 +157,7 @@ def layer_merge(
     table = layer_table(
         [[each.place for each in row] for row in layer], [row[0].numel for row in layer], base is not None
     )
-    with _threads(threads):
+    with threads_for_call(threads):
         make_backend(backend).layer_merge(table, weights, output_table([output.place for output in outputs]))
     return results
 
@@ -179,7 +179,10 @@ def view(array: Any, where: str, *, writable: bool = False) -> ArrayView:
         )
     if getattr(array, "requires_grad", False):
         array = array.detach()
-    device_type = int(array.__dlpack_device__()[0])
+    try:
+        device_type = int(array.__dlpack_device__()[0])
+    except (RuntimeError, BufferError, TypeError, ValueError) as error:  # torch's meta tensors have no memory
+        raise RecipeError(f"cannot be used through DLPack ({error})", where=where) from error
     if device_type != _DLPACK_CPU:
         raise RecipeError(
             "the tensor is not in CPU memory", where=where, got=str(getattr(array, "device", device_type)),
@@ -308,7 +311,7 @@ def _wrong_dtype(where: str, dtype: object) -> RecipeError:
 
 
 @contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def threads_for_call(threads: int | None) -> Iterator[None]:
     """Run with this number of threads, then go back to what was set."""
     if threads is None:
         yield

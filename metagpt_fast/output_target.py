@@ -114,15 +114,15 @@ def publish_folder(staging: Path, target: Path, *, overwrite: bool) -> None:
             staging.rename(target)
             return
         aside = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
-        target.rename(aside)
         try:
+            target.rename(aside)
             staging.rename(target)
         finally:
-            # Also after Ctrl-C, which may come on either side of the rename.
-            if target.exists():
-                _remove_replaced(aside)
-            else:
+            # Also after Ctrl-C, which may come on either side of both renames.
+            if not target.exists():
                 aside.rename(target)
+            elif aside.exists():
+                _remove_replaced(aside)
 
 
 def publish_file(staging: Path, target: Path, *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .dtypes import DType, parse_output_dtype
 from .errors import RecipeError
-from .methods import Method, make_method
+from .methods import Method, SparseMethod, make_method
 from .quantities import parse_nbytes
 
 GRANULARITIES = ("model", "layer", "tensor")
@@ -27,6 +27,7 @@ class Recipe:
         granularity: over what a Gram matrix is summed before solve: ``model``, ``layer`` or ``tensor``.
         out_dtype: dtype of every merged tensor; None keeps the base's, tensor by tensor.
         exclude: tensors whose names this finds are copied from the base and not measured.
+        text: the recipe as it was written, if it came from a file; ``method`` is then the first tensor's.
     """
 
     base: Path
@@ -35,6 +36,7 @@ class Recipe:
     granularity: str = "model"
     out_dtype: DType | None = None
     exclude: re.Pattern[str] | None = None
+    text: str | None = None
 
 
 def make_recipe(
@@ -42,9 +44,9 @@ def make_recipe(
     models: Sequence[str | Path],
     *,
     method: str = "metagpt",
-    granularity: str = "model",
+    granularity: str | None = None,
     exponent: float | None = None,
-    coefficients: float | Sequence[float] | None = None,
+    coefficients: str | float | Sequence[float] | None = None,
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     exclude: str | None = None,
@@ -59,21 +61,17 @@ def make_recipe(
     if not models:
         raise RecipeError("no models were given", where="models", expected="at least one fine-tuned model")
     chosen: dict[str, object] = dict(parameters or {})
-    for name, value in (("exponent", exponent), ("coefficients", coefficients)):
+    # Numbers are the weights themselves, a text says where they come from.
+    coefficients_name = "coefficients" if isinstance(coefficients, str) else "weight"
+    for name, value in (("exponent", exponent), (coefficients_name, coefficients)):
         if value is None:
             continue
         if name in chosen:
             raise RecipeError("parameter is given twice", where=name, hint=f"leave {name} out of the parameters")
         chosen[name] = value
     made = make_method(method, chosen)
-    made.check_num_models(len(models))
-    if granularity not in GRANULARITIES:
-        raise RecipeError(
-            "unknown granularity",
-            where="granularity",
-            got=repr(granularity),
-            expected=", ".join(GRANULARITIES),
-        )
+    made.check_num_models(len(models) + (made.base == "model"))
+    granularity = check_granularity(made, granularity)
     return Recipe(
         base=Path(base),
         models=tuple(Path(model) for model in models),
@@ -82,6 +80,33 @@ def make_recipe(
         out_dtype=parse_output_dtype(dtype),
         exclude=parse_pattern(exclude),
     )
+
+
+def check_granularity(method: Method, granularity: str | None) -> str:
+    """Return over what the method's coefficients are solved; None takes the method's default.
+
+    Raises:
+        RecipeError: there is no such granularity, or the method solves for each tensor whatever is asked.
+    """
+    if granularity is None:
+        return method.default_granularity
+    if granularity not in GRANULARITIES:
+        raise RecipeError(
+            "unknown granularity",
+            where="granularity",
+            got=repr(granularity),
+            expected=", ".join(GRANULARITIES),
+        )
+    is_fixed = isinstance(method, SparseMethod) and method.default_granularity == "tensor"
+    if granularity != "tensor" and (is_fixed or method.axis is not None):
+        raise RecipeError(
+            f"{method.name} with these parameters works tensor by tensor",
+            where="granularity",
+            got=repr(granularity),
+            expected="tensor",
+            hint="leave the granularity out",
+        )
+    return granularity
 
 
 def parse_pattern(exclude: str | None) -> re.Pattern[str] | None:

@@ -27,6 +27,7 @@ class MergeReport:
         parameters: the method's parameters.
         granularity: ``model``, ``layer`` or ``tensor``.
         exclude: the pattern of tensors taken from the base, or None.
+        recipe: the text of the recipe's file; None for a merge without one. ``parameters`` are then the first tensor's.
         out_dtype: ``keep``, or the dtype of the merged tensors as ``--dtype`` names it.
         scopes: what each row of ``coefficients`` is for: ``("model",)``, or names of layers or tensors.
         coefficients: float64 ``[S, T]``.
@@ -83,6 +84,7 @@ class MergeReport:
     fingerprints: dict[str, list[dict[str, Any]]]
     versions: dict[str, str]
     shards: tuple[str, ...]
+    recipe: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with plain Python values, for JSON."""

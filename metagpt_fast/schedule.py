@@ -17,14 +17,18 @@ from .plan import LayerPlan, TensorPlan
 class Piece:
     """Elements ``[first, first + numel)`` of one tensor.
 
-    ``row`` is its row in the Gram matrices, ``sources`` what is read of it: the models, after the base if that is used.
+    ``row`` is its row in the Gram matrices.
     """
 
     row: int
     tensor: TensorPlan
     first: int
     numel: int
-    sources: tuple[TensorSource, ...]
+
+    @property
+    def sources(self) -> tuple[TensorSource, ...]:
+        """Return what is read of it: the models, after the base if there is one."""
+        return self.tensor.sources
 
     def ranges(self) -> Iterator[FileRange]:
         """Yield the parts of the input files that hold these elements."""
@@ -40,9 +44,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces that are in memory together."""
+    """Pieces that are in memory together.
+
+    ``is_mapped`` is False for a whole tensor that is larger than the window: it is read through bounded buffers.
+    """
 
     pieces: tuple[Piece, ...]
+    is_mapped: bool = True
 
     @cached_property
     def nbytes(self) -> int:
@@ -72,12 +80,8 @@ class Step:
     scopes: tuple[int, ...] = ()
 
 
-def _sources(tensor: TensorPlan, uses_base: bool) -> tuple[TensorSource, ...]:
-    return (tensor.base, *tensor.models) if uses_base else tensor.models
-
-
 def make_schedule(
-    scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: bool, combine: bool, uses_base: bool = True
+    scopes: Sequence[LayerPlan], *, window_nbytes: int, measure: bool, combine: bool, is_cuttable: bool = True
 ) -> list[Step]:
     """Return the steps of a merge.
 
@@ -91,12 +95,13 @@ def make_schedule(
         window_nbytes: bytes of base and models that may be mapped at a time.
         measure: whether Gram matrices are needed; without, batches are combined in order.
         combine: whether an output is written.
-        uses_base: whether the base is read as well as the models.
+        is_cuttable: whether a tensor larger than the window may be worked through in pieces.
     """
     steps: list[Step] = []
-    for first_scope, first_row, members in _rounds(scopes, window_nbytes, uses_base):
+    for first_scope, first_row, members in _rounds(scopes, window_nbytes):
         tensors = [tensor for scope in members for tensor in scope.tensors]
-        batches = list(_batches(tensors, first_row, window_nbytes, uses_base))
+        cut = _batches if is_cuttable else _whole_batches
+        batches = list(cut(tensors, first_row, window_nbytes))
         if measure:
             steps += [Step("measure", batch) for batch in batches]
             batches.reverse()
@@ -106,14 +111,12 @@ def make_schedule(
     return steps
 
 
-def _rounds(
-    scopes: Sequence[LayerPlan], window_nbytes: int, uses_base: bool
-) -> Iterator[tuple[int, int, list[LayerPlan]]]:
+def _rounds(scopes: Sequence[LayerPlan], window_nbytes: int) -> Iterator[tuple[int, int, list[LayerPlan]]]:
     """Yield the first scope's number, the first tensor's row, and the scopes of each round."""
     members: list[LayerPlan] = []
     first_scope = first_row = next_row = nbytes = 0
     for number, scope in enumerate(scopes):
-        scope_nbytes = sum(source.nbytes for tensor in scope.tensors for source in _sources(tensor, uses_base))
+        scope_nbytes = sum(tensor.nbytes_read for tensor in scope.tensors)
         if members and nbytes + scope_nbytes > window_nbytes:
             yield first_scope, first_row, members
             members, first_scope, first_row, nbytes = [], number, next_row, 0
@@ -124,13 +127,12 @@ def _rounds(
         yield first_scope, first_row, members
 
 
-def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int, uses_base: bool) -> Iterator[Batch]:
+def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) -> Iterator[Batch]:
     """Yield batches of at most the window; a tensor is cut at multiples of SPAN_NUMEL, which keeps the sums' bits."""
     pieces: list[Piece] = []
     free = window_nbytes
     for row, tensor in enumerate(tensors, start=first_row):
-        sources = _sources(tensor, uses_base)
-        element_nbytes = sum(source.dtype.itemsize for source in sources)
+        element_nbytes = sum(source.dtype.itemsize for source in tensor.sources)
         first, numel = 0, tensor.numel
         while first < numel:
             fitting = numel - first
@@ -141,8 +143,25 @@ def _batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int, 
                     pieces, free = [], window_nbytes
                     continue
                 fitting = min(max(fitting, SPAN_NUMEL), numel - first)
-            pieces.append(Piece(row, tensor, first, fitting, sources))
+            pieces.append(Piece(row, tensor, first, fitting))
             free -= fitting * element_nbytes
             first += fitting
+    if pieces:
+        yield Batch(tuple(pieces))
+
+
+def _whole_batches(tensors: Sequence[TensorPlan], first_row: int, window_nbytes: int) -> Iterator[Batch]:
+    """Yield batches of whole tensors: at most the window, or one tensor that is larger, and not mapped."""
+    pieces: list[Piece] = []
+    free = window_nbytes
+    for row, tensor in enumerate(tensors, start=first_row):
+        if pieces and tensor.nbytes_read > free:
+            yield Batch(tuple(pieces))
+            pieces, free = [], window_nbytes
+        if tensor.nbytes_read > window_nbytes:
+            yield Batch((Piece(row, tensor, 0, tensor.numel),), is_mapped=False)
+            continue
+        pieces.append(Piece(row, tensor, 0, tensor.numel))
+        free -= tensor.nbytes_read
     if pieces:
         yield Batch(tuple(pieces))

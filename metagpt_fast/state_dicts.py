@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from . import ops, trust
 from .backends import make_backend
-from .backends.tables import layer_table
+from .backends.tables import LayerTable, layer_table, output_table
 from .dtypes import parse_output_dtype
 from .errors import DataError, PlanError, RecipeError
 from .measurement import norms_of
+from .operations import Operation, Row, make_operation
 from .plan import layer_of
 from .recipe import make_recipe
 from .untrusted import brief
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    FloatArray = NDArray[np.float64]
 
 _EXCLUDE = "to take the base's, use exclude="
 
@@ -30,9 +27,9 @@ def merge_state_dicts(
     models: Sequence[Mapping[str, Any]],
     *,
     method: str = "metagpt",
-    granularity: str = "model",
+    granularity: str | None = None,
     exponent: float | None = None,
-    coefficients: float | Sequence[float] | None = None,
+    coefficients: str | float | Sequence[float] | None = None,
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     exclude: str | None = None,
@@ -54,7 +51,8 @@ def merge_state_dicts(
         dtype: of new tensors, as for :func:`metagpt_fast.merge`; not with ``out``.
         exclude: as for :func:`metagpt_fast.merge`.
         out: tensors to write into, by name: may be ``base`` itself, which updates it in place. Integer and excluded
-            tensors are not merged, and not written: the result has the base's own.
+            tensors are not merged, and not written: the result has the base's own. Two names may share memory where
+            they do in the base and in every model (tied embeddings); it is written once.
         threads: threads for the kernels.
         backend: ``auto``, ``cpu`` or ``reference``.
 
@@ -66,6 +64,8 @@ def merge_state_dicts(
         PlanError: a tensor is missing from a model, extra in it, or of another shape, or integers differ.
         DataError: the tensors hold NaN or Inf, or no model differs from the base.
     """
+    if isinstance(models, Mapping):
+        raise RecipeError("models", got=type(models).__name__, expected="a list of mappings, one per model")
     recipe = make_recipe(
         "base",
         [f"models[{t}]" for t in range(len(models))],
@@ -77,45 +77,59 @@ def merge_state_dicts(
         dtype=dtype,
         exclude=exclude,
     )
+    _check_mappings(base, models)
     names, kept_names = _split(base, models, recipe.exclude)
     bases = [base[name] for name in names]
-    columns = [[model[name] for name in names] for model in models]
-    layer = _views(names, bases, columns)
+    layer = _views(names, bases, [[model[name] for name in names] for model in models])
     outputs = _outputs(names, layer, bases, dtype, out)
+    repeated = _repeated(names, layer, outputs, [base[name] for name in kept_names]) if out is not None else set()
 
-    solver = recipe.method
-    gram = np.zeros((len(names), 1 + len(models), 1 + len(models)))
-    is_copied = [False] * len(names)
-    if solver.needs_measurement:
-        gram = ops.layer_gram(bases, columns, threads=threads, backend=backend)
-        _check_gram(gram, names, layer, backend)
-        if solver.uses_base:
-            is_copied = [
-                not squares[1:].any() and ops.view(output, "out").dtype is row[0].dtype
-                for squares, output, row in zip(np.diagonal(gram, axis1=1, axis2=2), outputs, layer, strict=True)
-            ]
-    else:
-        _refuse_nonfinite(names, layer, uses_base=solver.uses_base, backend=backend)
-    weights = np.empty((len(names), len(models)))
-    for rows in _scopes(names, granularity):
-        weights[rows] = solver.solve(gram[rows].sum(axis=0))
-
-    def combine(rows: list[int], first: list[Any] | None, others: list[list[Any]], coefficients: Any) -> None:
-        ops.layer_merge(
-            None if first is None else [first[row] for row in rows],
-            [[column[row] for row in rows] for column in others],
-            coefficients,
-            [outputs[row] for row in rows],
-            threads=threads,
-            backend=backend,
-        )
-
-    merged_rows = [row for row, copied in enumerate(is_copied) if not copied]
-    combine(merged_rows, bases if solver.uses_base else None, columns, weights[merged_rows])
+    has_base = recipe.method.base in {"required", "optional"}
+    operands = [row[recipe.method.base == "ignored" :] for row in layer]
+    rows = [
+        Row(name, views[0].shape, recipe.method, len(views) - has_base, has_base)
+        for name, views in zip(names, operands, strict=True)
+    ]
+    table = layer_table([[view.place for view in views] for views in operands], [row.numel for row in rows], has_base)
+    out_table = output_table([ops.view(output, "out").place for output in outputs])
+    with ops.threads_for_call(threads):
+        operation = make_operation(rows, make_backend(backend))
+        _measure(operation, rows, table, backend)
+        for scope in _scopes(names, recipe.granularity):
+            operation.solve(scope)
+        is_copied = [operation.is_unchanged(k) and out_table.dtypes[k] == table.dtypes[k, 0] for k in range(len(rows))]
+        written = sorted(set(range(len(rows))) - repeated)
+        merged = [k for k in written if not is_copied[k]]
+        if merged:
+            operation.combine(table.take(merged), merged, out_table.take(merged))
     # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
-    combine([row for row, copied in enumerate(is_copied) if copied], None, [bases], [1.0])
+    copied_rows = [k for k in written if is_copied[k]]
+    copies = [outputs[k] for k in copied_rows]
+    ops.layer_merge(None, [[bases[k] for k in copied_rows]], [1.0], copies, threads=threads, backend=backend)
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
+
+
+def _measure(operation: Operation, rows: Sequence[Row], table: LayerTable, backend: str) -> None:
+    """Measure if the method needs it, and refuse NaN, Inf, and models that all equal the base."""
+    names = [row.name for row in rows]
+    if operation.needs_measurement and not operation.measure(table, range(len(rows))).all():
+        _refuse_nonfinite(names, table, backend)
+        raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
+    if operation.gram is None or not operation.needs_measurement:
+        _refuse_nonfinite(names, table, backend)
+    elif table.has_base:
+        labels = [f"models[{t}]" for t in range(rows[0].num_models)]
+        trust.check_any_change(labels, norms_of(trust.sum_of(operation.gram, "merge_state_dicts")), "base")
+
+
+def _check_mappings(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]]) -> None:
+    for where, each in (("base", base), *((f"models[{t}]", model) for t, model in enumerate(models))):
+        if not isinstance(each, Mapping):
+            raise RecipeError("not a mapping", where=where, got=type(each).__name__, expected="tensors by name")
+        for name in each:
+            if not isinstance(name, str):
+                raise RecipeError("the name of a tensor", where=where, got=brief(name), expected="a string")
 
 
 def _split(base: Mapping[str, Any], models: Sequence[Mapping[str, Any]], exclude: Any) -> tuple[list[str], list[str]]:
@@ -161,7 +175,12 @@ def _scopes(names: Sequence[str], granularity: str) -> list[list[int]]:
 
 
 def _same_integers(a: Any, b: Any) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
+    if not _is_integer(b):
+        return False
+    try:
+        a, b = np.asarray(a), np.asarray(b)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's meta tensors, or those of a GPU
+        raise RecipeError(f"an integer tensor cannot be read ({error})", where="merge_state_dicts") from error
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 
@@ -185,25 +204,12 @@ def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequenc
     return layer
 
 
-def _check_gram(gram: FloatArray, names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], backend: str) -> None:
-    """Raise DataError where the weights are not finite, or all task vectors are zero."""
-    if not np.isfinite(np.diagonal(gram, axis1=1, axis2=2)).all():
-        _refuse_nonfinite(names, layer, uses_base=True, backend=backend)
-        raise DataError("the squared norm of a tensor overflows float64", where="merge_state_dicts")
-    labels = [f"models[{t}]" for t in range(gram.shape[1] - 1)]
-    trust.check_any_change(labels, norms_of(gram.sum(axis=0)), "base")
-
-
-def _refuse_nonfinite(
-    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], *, uses_base: bool, backend: str
-) -> None:
+def _refuse_nonfinite(names: Sequence[str], table: LayerTable, backend: str) -> None:
     """Raise DataError naming the first tensor with NaN or Inf, if there is one."""
-    places = [[view.place for view in row[not uses_base :]] for row in layer]
-    table = layer_table(places, [row[0].numel for row in layer], uses_base)
     counts, first = make_backend(backend).layer_nonfinite(table)
     if counts.any():
         k, operand = (int(i) for i in np.argwhere(counts)[0])
-        number = operand - uses_base
+        number = operand - table.has_base
         owner = "the base" if number < 0 else f"models[{number}]"
         raise DataError(
             f"tensor {brief(names[k])} of {owner} holds NaN or Inf",
@@ -241,3 +247,46 @@ def _outputs(
                 expected=f"{list(row[0].shape)}, as in the base",
             )
     return [out[name] for name in names]
+
+
+def _repeated(
+    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], outputs: Sequence[Any], kept: Sequence[Any]
+) -> set[int]:
+    """Return the rows whose output is a second name of another row's, all of whose inputs are, too: tied embeddings.
+
+    Raises:
+        RecipeError: writing an output would change a tensor that is read after it, kept, or written as well.
+    """
+    first_row: dict[tuple[int, int], int] = {}
+    repeated = set()
+    spans = []  # of memory: first byte, end, the name that it belongs to, whether it is written
+    for row, output in enumerate(outputs):
+        span = _span(ops.view(output, "out"))
+        first = first_row.setdefault(span, row)
+        is_tied = [_span(each) for each in layer[row]] == [_span(each) for each in layer[first]]
+        if first == row:
+            spans.append((*span, names[row], True))
+        if first == row or is_tied:
+            spans += [(*_span(each), names[row], False) for each in layer[row] if _span(each) != span]
+            repeated |= {row} - {first}
+        else:
+            spans.append((*span, names[row], True))
+    for array in kept:
+        with contextlib.suppress(RecipeError):  # of a dtype that the kernels, and so the outputs, do not have
+            spans.append((*_span(ops.view(array, "base")), "an excluded one", False))
+    end = end_of_outputs = 0
+    for start, stop, name, is_output in sorted(span for span in spans if span[0] < span[1]):
+        if start < (end if is_output else end_of_outputs):
+            raise RecipeError(
+                f"tensor {brief(name)} shares memory with another that is read or written, too",
+                where="out",
+                expected="memory of its own, or the base's or a model's tensor of the same name",
+                hint="merge without out=, into new tensors",
+            )
+        end = max(end, stop)
+        end_of_outputs = max(end_of_outputs, stop) if is_output else end_of_outputs
+    return repeated
+
+
+def _span(view: ops.ArrayView) -> tuple[int, int]:
+    return view.address, view.address + view.numel * view.dtype.itemsize

@@ -6,11 +6,13 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
 from rich.text import Text
 
 from .console import open_console, print_warnings, printable
+from .method_tables import print_tensors
+from .methods import changed_parameters
 from .quantities import format_count, format_nbytes, format_rate, format_seconds
+from .table_parts import make_table, settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +59,7 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
     _print_facts(
         console,
         {
-            "method": _method(report.method, report.parameters, report.granularity),
+            "method": _method(report.method, None if report.recipe else report.parameters, report.granularity),
             "tensors": f"{num_merged} merged{copied}; {format_count(report.num_parameters)} parameters, "
             f"dtype {report.out_dtype}",
             "time": f"{format_seconds(report.seconds)} ({measured}, combine {format_seconds(report.seconds_combine)})",
@@ -70,12 +72,22 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
     print_warnings(report.warnings, console)
 
 
-def print_plan(plan: MergePlan, shards: Sequence[OutputShard], out: str, console: Console | None = None) -> None:
-    """Print what a merge would do: what is read, merged, copied and written."""
+def print_plan(
+    plan: MergePlan,
+    shards: Sequence[OutputShard],
+    out: str,
+    console: Console | None = None,
+    *,
+    by_tensor: bool = False,
+) -> None:
+    """Print what a merge would do: what is read, merged, copied and written; ``by_tensor`` in detail."""
     console = open_console() if console is None else console
+    if by_tensor:
+        print_tensors(plan, console)
+        console.print()
     recipe = plan.recipe
     passes = f"{format_nbytes(plan.nbytes_combined)}"
-    if recipe.method.needs_measurement and recipe.granularity == "model":
+    if plan.reads_twice:
         passes = f"{format_nbytes(plan.nbytes_measured)} to measure, then {passes} to combine"
     in_scopes = ""
     if recipe.granularity == "layer":
@@ -84,7 +96,9 @@ def print_plan(plan: MergePlan, shards: Sequence[OutputShard], out: str, console
     _print_facts(
         console,
         {
-            "method": _method(recipe.method.name, recipe.method.parameters(), recipe.granularity),
+            "method": _method(
+                recipe.method.name, None if recipe.text else recipe.method.parameters(), recipe.granularity
+            ),
             "base": _checkpoint(plan.base),
             **{f"model {t}": f"{_checkpoint(model)}" for t, model in enumerate(plan.models, start=1)},
             "tensors": f"{len(plan.merged)} to merge{in_scopes}, {len(plan.copied)} to copy from the base",
@@ -96,6 +110,7 @@ def print_plan(plan: MergePlan, shards: Sequence[OutputShard], out: str, console
     )
     console.print()
     console.print("dry run: only headers were read, nothing was written")
+    print_warnings([*plan.warnings, *plan.recipe.method.warnings()], console)
 
 
 def print_measurement(measurement: Measurement, *, saved_to: str | None = None, console: Console | None = None) -> None:
@@ -158,7 +173,7 @@ def _print_coefficients(
     base_norm: float | None,
 ) -> None:
     """One row per model: λ, its share of Σ|λ|, ‖τ‖ and ‖τ‖ as a fraction of the base's norm."""
-    table = _table("model", "λ", "share", "‖τ‖", "‖τ‖ / ‖θ₀‖", left=("model", "share"))
+    table = make_table("model", "λ", "share", "‖τ‖", "‖τ‖ / ‖θ₀‖", left=("model", "share"))
     total = sum(abs(value) for value in coefficients)
     for t, label in enumerate(labels):
         norm = None if norms is None else norms[t]
@@ -175,8 +190,9 @@ def _print_coefficients(
 def _print_scope_coefficients(console: Console, labels: Sequence[str], report: MergeReport) -> None:
     """One row per model: mean, least and largest λ over the layers or tensors, and their course."""
     num_scopes = len(report.scopes)
-    course = f"λ over {num_scopes} {report.granularity}s"
-    table = _table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
+    # Where parameters differ by tensor there are more rows than scopes of the granularity.
+    course = f"λ over {num_scopes} {'tensor' if report.granularity == 'model' else report.granularity}s"
+    table = make_table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
     highest = float(report.coefficients.max())
     for t, label in enumerate(labels):
         values = [float(value) for value in report.coefficients[:, t]]
@@ -197,7 +213,7 @@ def _print_cosines(console: Console, labels: Sequence[str], cosines: Sequence[Se
     if num_columns < 2:
         return
     console.print()
-    table = _table("cosine of τ", *(str(t + 1) for t in range(num_columns)), left=("cosine of τ",))
+    table = make_table("cosine of τ", *(str(t + 1) for t in range(num_columns)), left=("cosine of τ",))
     for t, label in enumerate(labels):
         row = ["" if k > t else _cosine(cosines[t][k]) for k in range(num_columns)]
         table.add_row(f"{t + 1} {label}", *row)
@@ -216,14 +232,6 @@ def sparkline(values: Sequence[float], highest: float, width: int = _SPARKLINE_W
         level = mean / highest if highest > 0 and math.isfinite(mean) else 0.0
         blocks.append(_SPARKS[min(max(int(level * len(_SPARKS)), 0), len(_SPARKS) - 1)])
     return "".join(blocks)
-
-
-def _table(*columns: str, left: tuple[str, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        is_left = column in left
-        table.add_column(Text(column), justify="left" if is_left else "right", overflow="fold")
-    return table
 
 
 def _size(nbytes: int | None) -> str:
@@ -254,8 +262,10 @@ def _has_unicode(console: Console) -> bool:
     return console.encoding.lower().startswith("utf")
 
 
-def _method(name: str, parameters: Mapping[str, object], granularity: str) -> str:
-    return f"{', '.join([name, *_settings(parameters)])}; granularity {granularity}"
+def _method(name: str, parameters: Mapping[str, object] | None, granularity: str) -> str:
+    if parameters is None:
+        return f"{name}, parameters as in the recipe; granularity {granularity}"
+    return f"{', '.join([name, *settings(changed_parameters(name, parameters))])}; granularity {granularity}"
 
 
 def _checkpoint(checkpoint: Checkpoint) -> str:
@@ -265,11 +275,3 @@ def _checkpoint(checkpoint: Checkpoint) -> str:
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _settings(parameters: Mapping[str, object]) -> list[str]:
-    return [
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in parameters.items()
-        if value is not None
-    ]

@@ -77,6 +77,17 @@ def share_warnings(labels: Sequence[str], coefficients: FloatArray, whose: str =
     return warnings
 
 
+def sum_of(gram: FloatArray, where: object) -> FloatArray:
+    """Return the sum of Gram matrices, float64 ``[N, V, V]`` to ``[V, V]``; raises DataError if a norm overflows."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        total: FloatArray = gram.sum(axis=0)
+    if not np.isfinite(np.diagonal(total)).all():
+        raise DataError("the squared norm over several tensors overflows float64", where=where)
+    return total
+
+
 def check_any_change(labels: Sequence[str], norms: FloatArray, base: object) -> None:
     """Raise DataError if every task vector is zero."""
     if not norms.any():

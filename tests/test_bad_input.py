@@ -185,7 +185,7 @@ def too_many_coefficients(f):
 
 
 def unknown_method(f):
-    f.options += ["--method", "ties"]
+    f.options += ["--method", "tiles"]
 
 
 def unknown_parameter(f):
@@ -225,8 +225,8 @@ CASES: dict[Callable[[Family], None], tuple[str, ...]] = {
     no_folder_for_the_output: ("absent", "does not exist", "mkdir -p"),
     bad_regex: ("exclude: not a regular expression", "got 'lm_head('", "Python's syntax"),
     everything_excluded: ("nothing to merge", "got 4 tensors", "expected at least one"),
-    too_many_coefficients: ("task_arithmetic.coefficients", "got 3", "expected 1", "or 2"),
-    unknown_method: ("unknown method", "got 'ties'", "expected linear, metagpt, task_arithmetic"),
+    too_many_coefficients: ("task_arithmetic.weight", "got 3", "expected 1", "or 2"),
+    unknown_method: ("unknown method", "got 'tiles'", "linear, metagpt, ", "ties"),
     unknown_parameter: ("metagpt has no parameter 'density'", "expected exponent"),
     endless_exponent: ("metagpt.exponent", "expected a finite number"),
     little_memory: ("memory", "got 1048576 bytes", "expected at least 64MiB"),

@@ -108,6 +108,32 @@ def test_table():
     assert "| `metagpt-fast --help` | 0.060 | none |" in text
 
 
+def test_the_readmes_table_has_every_merge_beside_its_reference():
+    reference = Row("merge", "reference, 1 read, warm", {**SIZES, "cache": "warm", "num_reads": 1},
+                    {"seconds": Spread.of([4.0])})  # fmt: skip
+    ours, slower = merge_row(1.0, 2.0), merge_row(6.0, name="metagpt, layer, warm")
+    ours.parameters.update(case="metagpt, model", num_reads=1)
+    slower.parameters.update(case="metagpt, layer", num_reads=1)
+    huge = merge_row(40.0, name="metagpt, model, scale 4")
+    huge.parameters.update(case="metagpt, model", num_reads=2, cache="scale 4", model_nbytes=8_900_000_000)
+    text = table.readme_table(result(reference, ours, slower, huge), "bench/results/some.json")
+    numbers = "1.50 (1.00..2.00) | 4.00 | 0.375 (0.250..0.500) | 15.0 | 42.0 |  |"
+    assert f"| `--granularity model` | 8.8 GB, warm | 2 | {numbers}" in text
+    assert "| `--granularity layer` | 8.8 GB, warm | 1 | 6.00 | 4.00 | 1.50 | 3.33 | 42.0 |  |" in text
+    assert "| `--granularity model` | 35.6 GB, more than the memory | 1 | 40.0 |  |" in text
+    assert "reference, 1 read" not in text
+
+
+def test_the_readmes_table_has_the_main_kernels_and_the_start():
+    other = Row("kernels", "other", {**kernel_row(1.0).parameters, "dtype": "f64"}, kernel_row(77.0).metrics)
+    start = Row("startup", "metagpt-fast --help", {"imported": []}, {"seconds": Spread.of([0.06])})
+    text = table.readme_table(result(kernel_row(10.0, 11.0), other, start), "some.json")
+    assert "| `layer_gram` | bf16 | 3 | avx2 | 1 | 10.5 (10.0..11.0) |" in text
+    assert "77.0" not in text
+    assert "77.0" in table.readme_table(result(other), "some.json")  # better than an empty table
+    assert text.endswith("Start: `metagpt-fast --help` 0.060 s.")
+
+
 def test_table_goes_between_the_markers(tmp_path):
     path = tmp_path / "results" / "some.json"
     result(kernel_row(10.0)).save(path)

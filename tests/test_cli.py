@@ -208,7 +208,7 @@ def test_dry_run_prints_the_plan_and_touches_nothing(family):
     result = run(*arguments, "--max-shard-size", "128KiB")
     assert result.exit_code == 0, result.output
     for expected in (
-        "metagpt, exponent 2; granularity model",
+        "metagpt; granularity model",
         f"{inputs[0]} (",
         "20 to merge, 1 to copy from the base",
         "to measure, then",
@@ -292,7 +292,7 @@ def test_ctrl_c_is_a_short_message_and_status_130(calls, monkeypatch):
     raise_in_merge(monkeypatch, KeyboardInterrupt())
     result = run(*BASIC)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "interrupted: no output was left behind\n"
+    assert result.stderr == "interrupted: no unfinished output was left behind\n"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_help_teaches():
     assert "metagpt-fast merge Llama-2-7b Llama-2-7b-chat MAmmoTH-7B -o merged" in text
     sections = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert sections == ["Output:", "Method:", "Speed and memory:", "Display:"]
-    for default in ("metagpt", "model", "2", "keep", "1GiB", "5GB", "auto"):
+    for default in ("metagpt", "model for metagpt, else the method's", "2", "keep", "1GiB", "5GB", "auto"):
         assert f"[default: {default}]" in " ".join(text.split())
     assert "metagpt-fast measure base chat math code -o measured.json" in run("measure", "--help").stdout
     assert "random weights" in " ".join(run("demo", "--help").stdout.split())

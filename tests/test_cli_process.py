@@ -71,7 +71,35 @@ def test_a_reader_that_leaves_early_is_no_error():
         assert process.stderr.read() == b""
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["info", "info --json", "--help", "merge base chat math code -o out --json -q"])
+def test_a_full_stdout_is_one_message(tmp_path, command):
+    preset = PRESETS["tiny"]
+    make_family(tmp_path, shape=preset.shape, max_shard_nbytes=preset.max_shard_nbytes, seed=0)
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "metagpt_fast", *command.split()], stdout=full, stderr=subprocess.PIPE,
+            text=True, cwd=tmp_path, check=False,
+        )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr == "error: stdout: the result cannot be printed (No space left on device)\n"
+    assert ("merge" in command) == (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_closed_streams_are_no_error(tmp_path):
+    """And what is opened does not get their numbers: what is printed would land in a checkpoint."""
+    preset = PRESETS["tiny"]
+    make_family(tmp_path, shape=preset.shape, max_shard_nbytes=preset.max_shard_nbytes, seed=0)
+    command = [sys.executable, "-m", "metagpt_fast", "merge", "base", "chat", "math", "code"]
+    subprocess.run([*command, "-o", "expected", "-q"], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command, "-o", "out"], cwd=tmp_path, check=False
+    )
+    assert closed.returncode == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "expected")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_through_the_clean_up(tmp_path, signum, status):
     marker = tmp_path / "cleaned"
     code = f"""

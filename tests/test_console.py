@@ -96,7 +96,7 @@ def test_a_report_shows_every_number_and_ends_with_the_warnings():
         "2.00 s (measure 800 ms, combine 1.20 s)",
         "9.90 GB/s: 17.6 GB read, 2.20 GB written",
         "cpu backend, avx2, 2 threads, mmap",
-        "metagpt, exponent 2; granularity model",
+        "metagpt; granularity model",
         "merged (2 shards)",
     ):
         assert expected in text

@@ -17,7 +17,7 @@ from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F16, F32
 
 from . import oracle
-from .checkpoints import random_states, tensor_bytes, write_family, write_state
+from .checkpoints import digests, random_states, tensor_bytes, write_family, write_state
 
 SHAPES = {"layers.0.a": (40, 30), "layers.1.a": (40, 31), "norm": (), "empty": (0,), "head": (9, 9)}
 STATES = random_states(41, [(BF16,), (BF16,), (F32, BF16), (F16,)], SHAPES)
@@ -307,3 +307,29 @@ def test_saving_replaces_the_file_whole_or_not_at_all(saved, tmp_path, monkeypat
     measurement.save(file)
     assert mf.Measurement.load(file).models == (str(models[0]),)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "m.json"]
+
+
+def test_only_a_measurement_or_an_empty_file_is_replaced(family, tmp_path):
+    base, models = family
+    before = digests(tmp_path / "in")
+    measurement = mf.measure(base, models)
+    weights = next(models[0].glob("*.safetensors"))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (weights, base / "config.json", tmp_path / "pipe"):
+        with pytest.raises(mf.MeasurementError, match="cannot write the measurement"):
+            measurement.save(path)
+        assert digests(tmp_path / "in") == before
+    assert (tmp_path / "pipe").is_fifo()
+    file = tmp_path / "m.json"
+    file.touch()
+    measurement.save(file)
+    measurement.save(file)
+    np.testing.assert_array_equal(mf.Measurement.load(file).gram, measurement.gram)
+
+
+def test_the_command_line_refuses_such_a_file_before_the_work(family, tmp_path, monkeypatch):
+    base, models = family
+    monkeypatch.setattr("metagpt_fast.merging.measure", lambda *a, **k: pytest.fail("it has begun to measure"))
+    result = CliRunner().invoke(cli, ["measure", str(base), str(models[0]), "-o", str(base / "config.json")])
+    assert result.exit_code == 1
+    assert "not a measurement" in result.stderr

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import metagpt_fast as mf
+from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.dtypes import BF16, F16, F32, F64, OUTPUT_DTYPES
 
 from . import oracle
@@ -281,13 +282,15 @@ def test_measure_and_plan_write_nothing(tmp_path):
 
 
 def test_labels_of_models_with_one_name(tmp_path):
-    states = random_states(14, [(BF16,)] * 3, {"a": (8,)})
+    states = random_states(14, [(BF16,)] * 4, {"a": (8,)})
     base = write_state(tmp_path / "base", states[0])
     paths = []
-    for parent, state in zip("xy", states[1:], strict=True):
-        (tmp_path / parent).mkdir()
-        paths.append(write_state(tmp_path / parent / "final", state))
-    assert mf.merge(base, paths, tmp_path / "out").labels == ("final (1)", "final (2)")
+    for name, state in zip(("x/final", "y/final", "final (1)"), states[1:], strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paths.append(write_state(tmp_path / name, state))
+    assert mf.plan_merge(base, paths[:2]).labels == ("final (1)", "final (2)")
+    assert mf.plan_merge(base, paths).labels == ("final (2)", "final (3)", "final (1)")
+    assert mf.merge(base, [paths[0], paths[0]], tmp_path / "out").labels == ("final (1)", "final (2)")
 
 
 def test_overwrite_and_an_output_that_exists(tmp_path):
@@ -324,3 +327,29 @@ def test_combinations_of_settings_agree_on_one_model(tmp_path):
         values = read_state(out)
         # base + (model − base) rounds where base is far larger; to bf16 that shows in hardly any element.
         assert sum(np.count_nonzero(values[n].values != states[1][n].values) for n in differing) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "events"),
+    [
+        ({}, ["measure", "kernel", "combine", "kernel"]),
+        ({"granularity": "layer"}, ["measure and combine", "kernel"]),
+        ({"method": "linear"}, ["combine", "kernel"]),
+    ],
+    ids=str,
+)
+def test_a_phase_begins_before_its_first_batch(tmp_path, monkeypatch, settings, events):
+    happened = []
+
+    class Starts(Recorder):
+        def start(self, phase, total_nbytes):
+            super().start(phase, total_nbytes)
+            happened.append(phase)
+
+    for name in ("layer_gram", "layer_merge"):
+        kernel = getattr(CpuBackend, name)
+        monkeypatch.setattr(CpuBackend, name, lambda *a, kernel=kernel: happened.append("kernel") or kernel(*a))
+    monkeypatch.setattr("metagpt_fast.merging._window_nbytes", lambda memory: 1000)
+    base, models = three_models(tmp_path / "in")
+    mf.merge(base, models, tmp_path / "out", progress=Starts(), **settings)
+    assert [event for event, _ in itertools.groupby(happened)] == events

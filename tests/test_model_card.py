@@ -12,6 +12,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from metagpt_fast.artifacts import report_json
+from metagpt_fast.cli import cli
 from metagpt_fast.model_card import equation, model_card, model_id
 from metagpt_fast.report import MergeReport
 
@@ -263,3 +264,17 @@ def test_only_ids_of_the_hubs_form_are_base_models():
     assert "base_model" not in front_matter(model_card(hostile))
     mixed = make_report(base="/m/123", models=("/m/no", "/m/my model"))
     assert front_matter(model_card(mixed))["base_model"] == ["123", "no"]
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_flag_is_spelled_as_the_command_reads_it(normalize):
+    method = "task_arithmetic" if normalize else "linear"  # each where it is not the default, which is left out
+    report = make_report(method=method, parameters={"weight": (0.5, 0.7), "normalize": normalize})
+    arguments = shlex.split(fences(model_card(report))["sh"])[2:]
+    context = cli.commands["merge"].make_context("merge", arguments)
+    assert context.params["parameters"] == {"normalize": normalize}
+
+
+def test_the_equation_of_weights_that_are_not_normalized_has_no_base():
+    parameters = {"weight": (0.5, 0.7), "normalize": False}
+    assert equation(make_report(method="linear", parameters=parameters)) == "θ = Σ_t w_t θ_t,  w_t as given"

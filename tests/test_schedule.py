@@ -103,13 +103,16 @@ def test_only_measuring_and_only_combining(scopes, window_nbytes):
 
 
 @given(scopes=families, window_nbytes=windows)
-def test_a_base_that_is_not_used_is_not_read(scopes, window_nbytes):
-    steps = make_schedule(scopes, window_nbytes=window_nbytes, measure=False, combine=True, uses_base=False)
-    paths = {path for step in steps if step.batch is not None for path, _, _ in step.batch.ranges}
-    assert paths <= {Path("model1"), Path("model2")}
-    assert sorted(elements(steps, "combine")) == sorted(
-        elements(make_schedule(scopes, window_nbytes=window_nbytes, measure=False, combine=True), "combine")
-    )
+def test_whole_tensors_where_pieces_will_not_do(scopes, window_nbytes):
+    steps = make_schedule(scopes, window_nbytes=window_nbytes, measure=True, combine=True, is_cuttable=False)
+    batches = [step.batch for step in steps if step.action == "measure"]
+    pieces = [piece for batch in batches for piece in batch.pieces]
+    assert [(piece.row, piece.first, piece.numel) for piece in pieces] == [
+        (row, 0, tensor.numel) for row, tensor in enumerate(t for scope in scopes for t in scope.tensors)
+    ]
+    for batch in batches:
+        assert batch.is_mapped == (batch.nbytes <= window_nbytes)
+        assert batch.is_mapped or len(batch.pieces) == 1
 
 
 @given(scopes=families, window_nbytes=windows)

@@ -199,6 +199,12 @@ def test_norms_that_overflow_are_not_taken_for_nan():
     assert "overflows float64" in refused(mf.DataError, ONES, huge).what
 
 
+def test_sums_of_norms_that_overflow_are_refused():
+    zeros = {name: np.zeros(3) for name in "ab"}
+    huge = {name: np.full(3, 0.7e154) for name in "ab"}  # 1.5e308 each, 2.9e308 together
+    assert "overflows float64" in refused(mf.DataError, zeros, huge, huge).what
+
+
 def test_other_refusals():
     assert "every model equals the base" in str(refused(mf.DataError, ONES, ONES, dict(ONES)))
     refused(mf.RecipeError, ONES)
@@ -215,3 +221,70 @@ def test_outputs_that_do_not_fit_are_found_before_any_is_written():
     written["b"].flags.writeable = False
     assert "read-only" in str(refused(mf.RecipeError, ONES, TWOS, out=written))
     np.testing.assert_array_equal(written["layers.0.a"], ONES["layers.0.a"])
+
+
+def tied(value, dtype=np.float32):
+    """Two names for one array, as a language model with tied embeddings has."""
+    array = np.full(300_000, value, dtype)
+    return {"embed": array, "layers.0.a": np.full(5, value, dtype), "lm_head": array}
+
+
+@pytest.mark.parametrize("granularity", ["model", "tensor"])
+@pytest.mark.parametrize("method", ["metagpt", "task_arithmetic", "linear"])
+def test_tied_tensors_are_updated_once(method, granularity):
+    settings = {"method": method, "granularity": granularity}
+    base, models = tied(1.0), [tied(2.0), tied(4.0)]
+    expected = mf.merge_state_dicts(base, models, **settings)
+    merged = mf.merge_state_dicts(base, models, out=base, **settings)
+    assert merged["embed"] is merged["lm_head"] is base["embed"]
+    for name, array in expected.items():
+        np.testing.assert_array_equal(merged[name], array)
+
+
+def test_outputs_that_would_change_another_tensor_are_refused():
+    base, array = tied(1.0), np.ones(12, np.float32)
+    untied = {name: each.copy() for name, each in tied(2.0).items()}
+    for arguments, settings in (
+        ((base, untied), {"out": base}),  # lm_head and embed differ in the model, and are one array in the output
+        ((base, tied(2.0)), {"out": base, "exclude": "lm_head"}),
+        (({"a": array[2:10]}, {"a": np.ones(8, np.float32)}), {"out": {"a": array[:8]}}),
+        (({"a": np.ones(8, np.float32)}, {"a": array[2:10]}), {"out": {"a": array[:8]}}),
+        (({"a": array[:6], "b": array[6:]}, {"a": array[:6] + 1, "b": array[6:] + 1}),
+         {"out": {"a": array[6:], "b": array[:6]}}),
+    ):  # fmt: skip
+        error = refused(mf.RecipeError, *arguments, **settings)
+        assert "shares memory" in error.what
+    np.testing.assert_array_equal(base["embed"], 1)
+    mf.merge_state_dicts({"a": array[:6]}, [{"a": array[:6] + 1}], out={"a": array[6:]})
+    np.testing.assert_array_equal(array, [1] * 6 + [2] * 6)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(2, dtype=torch.bfloat16),
+        torch.zeros(2, requires_grad=True),
+        [0, [0]],
+        None,
+    ],
+    ids=["bf16", "gradient", "ragged list", "none"],
+)
+def test_what_is_no_integer_tensor_differs_from_one(value):
+    base = {**ONES, "ids": torch.zeros(2, dtype=torch.int64)}
+    assert "'ids' differs" in refused(mf.PlanError, base, {**TWOS, "ids": value}).what
+
+
+def test_tensors_without_memory_are_refused():
+    empty = {"a": torch.empty(2, device="meta")}
+    assert "meta" in str(refused(mf.RecipeError, empty, {"a": torch.ones(2)}))
+    empty = {"ids": torch.empty(2, dtype=torch.int64, device="meta")}
+    assert "meta" in str(refused(mf.RecipeError, {**ONES, **empty}, {**TWOS, **empty}))
+
+
+def test_models_that_are_no_mappings_are_refused():
+    for models in ([np.ones(3)], ["chat"], [None], [[ONES]]):
+        assert refused(mf.RecipeError, ONES, *models).where == "models[0]"
+    assert refused(mf.RecipeError, [np.ones(3)], ONES).where == "base"
+    with pytest.raises(mf.RecipeError, match="a list of"):
+        mf.merge_state_dicts(ONES, TWOS)
+    assert refused(mf.RecipeError, {0: np.ones(3)}, {0: np.ones(3)}).got == "0"

@@ -7,7 +7,7 @@ import pytest
 
 import metagpt_fast as mf
 from metagpt_fast import trust
-from metagpt_fast.dtypes import BF16, F32
+from metagpt_fast.dtypes import BF16, F32, F64
 
 from .checkpoints import random_states, read_state, tensor, write_family
 
@@ -97,3 +97,15 @@ def test_a_measurement_warns_the_same(tmp_path):
     measured, report = mf.measure(base, models), mf.merge(base, models, tmp_path / "out")
     assert len(measured.warnings()) == len(report.warnings) == 2
     assert measured.warnings() == report.warnings
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_sums_of_norms_that_overflow_end_the_merge(tmp_path, granularity):
+    names = ("layers.0.a", "layers.0.b", "layers.1.a")
+    states = [{name: tensor(np.full(3, value), F64) for name in names} for value in (0.0, 0.7e154)]
+    base, models = write_family(tmp_path / "in", states)
+    for work in (lambda: mf.merge(base, models, tmp_path / "out", granularity=granularity),
+                 lambda: mf.measure(base, models)):  # fmt: skip
+        with pytest.raises(mf.DataError, match="overflows float64"):
+            work()
+    assert not (tmp_path / "out").exists()

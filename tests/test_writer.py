@@ -269,6 +269,23 @@ def test_an_interrupt_right_after_the_rename_leaves_the_new_output(tmp_path, mon
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_an_interrupt_right_after_the_old_output_was_moved_brings_it_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+    rename = Path.rename
+
+    def interrupted(self, target):
+        rename(self, target)
+        if ".replaced-" in target.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(out, small(2), overwrite=True)
+    assert safetensors.numpy.load_file(out / "model.safetensors")["a"][0, 0] == 1
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_an_old_output_that_cannot_be_deleted_is_named(tmp_path, monkeypatch, caplog):
     out = tmp_path / "out"
     write(out, small(1), files=[("metagpt_fast.json", b"{}")])

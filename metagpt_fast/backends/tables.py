@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..dtypes import DTYPES
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MEMORY = -1
 """In ``files``: the address is one in memory, not an offset in a file."""
+
+_CODES = {dtype.code: dtype.itemsize for dtype in DTYPES.values() if dtype.code is not None}
+ITEMSIZES = np.array([_CODES[code] for code in range(len(_CODES))], np.uint64)
+"""Bytes per element, by dtype code."""
 
 # One operand: address (or byte offset in the file), file descriptor or MEMORY, dtype code.
 Place = tuple[int, int, int]
@@ -41,6 +47,12 @@ class LayerTable:
         """Return V."""
         return int(self.addresses.shape[1])
 
+    def take(self, tensors: Sequence[int]) -> LayerTable:
+        """Return the table of some of the tensors."""
+        return LayerTable(
+            self.addresses[tensors], self.files[tensors], self.dtypes[tensors], self.numels[tensors], self.has_base
+        )
+
 
 @dataclass(frozen=True)
 class OutputTable:
@@ -49,6 +61,39 @@ class OutputTable:
     addresses: NDArray[np.uint64]  # [K]
     files: NDArray[np.int32]  # [K]
     dtypes: NDArray[np.uint8]  # [K]
+
+    def take(self, tensors: Sequence[int]) -> OutputTable:
+        """Return the table of some of the results."""
+        return OutputTable(self.addresses[tensors], self.files[tensors], self.dtypes[tensors])
+
+
+@dataclass(frozen=True)
+class MaskTable:
+    """The masks of K tensors and T models (docs/numerics.md)."""
+
+    key_kind: int
+    kinds: NDArray[np.uint8]  # [K, T]
+    keys: NDArray[np.uint32]  # [K, T, 2] upper, lower
+    indices: NDArray[np.int64]  # [K, T, 2] upper, lower
+    probabilities: NDArray[np.uint64]  # [K, T, 2] in units of 2^-32
+    streams: NDArray[np.uint64]  # [K, T]
+    values: NDArray[np.float64]  # [K, T]
+    row_factors: NDArray[np.uint64]  # [K] address of float64 [R], 0 where unused
+    columns: NDArray[np.int64]  # [K] elements per row
+
+
+@dataclass(frozen=True)
+class LayerElection:
+    """How the models of K tensors are combined at each element (docs/numerics.md)."""
+
+    scales: NDArray[np.float64]  # [K, T]
+    votes: NDArray[np.float64]  # [K, T]
+    weights: NDArray[np.float64]  # [K, T]
+    uniques: NDArray[np.float64]  # [K, T]
+    lambdas: NDArray[np.float64]  # [K]
+    floors: NDArray[np.float64]  # [K]
+    elects: NDArray[np.uint8]  # [K]
+    normalizes: NDArray[np.uint8]  # [K]
 
 
 def layer_table(places: Sequence[Sequence[Place]], numels: Sequence[int], has_base: bool) -> LayerTable:

@@ -6,8 +6,10 @@ Those of this package are listed in METHODS; other packages announce theirs as e
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from ..errors import RecipeError
 from .arcee_fusion import ArceeFusion
@@ -15,6 +17,7 @@ from .base import Method
 from .linear import Linear
 from .metagpt import MetaGPT
 from .nearswap import NearSwap
+from .parameters import ParameterSpec
 from .pruning import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear, Ties
 from .ram import RAM, RAMPlus
 from .sce import SCE
@@ -78,6 +81,53 @@ def make_method(name: str, parameters: Mapping[str, object]) -> Method:
     return found(**{specs[parameter].field: value for parameter, value in parameters.items()})
 
 
+def changed_parameters(name: str, parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return those of a method's parameters that differ from their defaults, for people to read."""
+    defaults = {spec.name: (spec.default,) if spec.per_model else spec.default for spec in _specs(name).values()}
+    return {
+        parameter: value
+        for parameter, value in parameters.items()
+        if parameter not in defaults or (tuple(value) if isinstance(value, list) else value) != defaults[parameter]
+    }
+
+
+def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
+    """Return what there is to know of each method, or of one, as plain values.
+
+    Raises:
+        RecipeError: there is no method of this name.
+    """
+    classes = [find_method(name)] if name is not None else [*METHODS.values(), *_announced().values()]
+    return [
+        {
+            "name": cls.name,
+            "equation": cls.equation,
+            "description": inspect.getdoc(cls) or "",
+            "base": cls.base,
+            "num_models": list(cls.num_models),
+            "parameters": [
+                {
+                    "name": spec.name,
+                    "type": spec.type.__name__,
+                    "per_model": spec.per_model,
+                    "default": spec.default,
+                    "choices": list(spec.choices),
+                    "meaning": spec.meaning,
+                }
+                for spec in cls.specs().values()
+            ],
+        }
+        for cls in classes
+    ]
+
+
+def _specs(name: str) -> Mapping[str, ParameterSpec]:
+    try:
+        return find_method(name).specs()
+    except RecipeError:  # of a package that was there when the report was written
+        return {}
+
+
 def _hint(parameter: str) -> str | None:
     owners = [name for name, cls in METHODS.items() if parameter in cls.specs()]
     return f"{parameter} belongs to {', '.join(owners)}" if owners else None
@@ -110,4 +160,15 @@ def _announced() -> dict[str, type[Method]]:
     return methods
 
 
-__all__ = ["METHODS", "Linear", "MetaGPT", "Method", "SparseMethod", "TaskArithmetic", "find_method", "make_method"]
+__all__ = [
+    "METHODS",
+    "Linear",
+    "MetaGPT",
+    "Method",
+    "SparseMethod",
+    "TaskArithmetic",
+    "changed_parameters",
+    "describe_methods",
+    "find_method",
+    "make_method",
+]

@@ -57,6 +57,11 @@ class Method(ABC):
         """
 
     @property
+    def uses_measurement(self) -> bool:
+        """Return whether Gram matrices that were measured before can stand in for measuring."""
+        return self.needs_measurement and self.base == "required" and self.axis is None
+
+    @property
     def default_granularity(self) -> str:
         """Return over what coefficients are solved unless the user says otherwise."""
         return self.granularity

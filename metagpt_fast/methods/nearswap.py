@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NearSwap(SparseMethod):
-    """θ = θ₀ + w τ with w = min(t / max(|τ|, 1e-6), 1), element by element: small changes in full, large ones capped at t.
+    """θ = θ₀ + w τ with w = min(t / max(|τ|, 1e-6), 1), element by element: no change exceeds t.
 
     As mergekit's; by alchemonaut, published with QuartetAnemoi-70B.
     """

@@ -58,7 +58,7 @@ def parameter(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] = (),
-    type: type | None = None,  # noqa: A002 (the field's own word)
+    type: type | None = None,
 ) -> Any:
     """Return a dataclass field for a parameter; see :class:`ParameterSpec`. ``type`` is that of the default."""
     metadata = {
@@ -122,7 +122,7 @@ def _checked_one(where: str, spec: ParameterSpec, value: Any) -> Any:
             high = math.inf if spec.maximum is None else spec.maximum
             is_whole = spec.type is not int or number == int(number) if math.isfinite(number) else False
             if math.isfinite(number) and is_whole and low <= number <= high:
-                return int(value) if spec.type is int else number
+                return int(number) if spec.type is int else number
     raise RecipeError("parameter", where=where, got=repr(value), expected=_number(spec))
 
 

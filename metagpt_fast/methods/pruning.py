@@ -35,8 +35,8 @@ class PruningMethod(SparseMethod):
     """θ = θ₀ + λ Σ_t w_t r_t m_t τ_t, over the models that agree in sign if signs are elected.
 
     ``coefficients`` = ``metagpt`` puts MetaGPT's λ_t ∝ ‖τ_t‖^p for w_t. Which vectors the norms are of, the paper does
-    not say: by default those that are merged, pruned and rescaled; with ``coefficients_from`` = ``raw`` the task vectors
-    as they came. The granularity says over what they are summed.
+    not say: by default those that are merged, pruned and rescaled; with ``coefficients_from`` = ``raw`` the task
+    vectors as they came. The granularity says over what they are summed.
     """
 
     elects: ClassVar[bool] = False
@@ -137,8 +137,8 @@ class Ties(PruningMethod):
 class DareLinear(PruningMethod):
     """Drop elements at random, give what is left its L1 norm back, add up.
 
-    Yu et al., "Language Models are Super Mario", ICML 2024, arXiv 2311.03099. The paper rescales by 1/density; mergekit,
-    and this method, by the ratio of the L1 norms, whose expectation that is.
+    Yu et al., "Language Models are Super Mario", ICML 2024, arXiv 2311.03099. The paper rescales by 1/density;
+    mergekit, and this method, by the ratio of the L1 norms, which is that on average.
     """
 
     name: ClassVar[str] = "dare_linear"
@@ -218,7 +218,7 @@ class DellaLinear(PruningMethod):
         super().check_num_models(num_models)
         for model in range(num_models):
             density, epsilon = _of(self.density, model), _of(self.epsilon, model)
-            if 0 < density < 1 and not (0 < density - epsilon and density + epsilon < 1):
+            if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
                 raise RecipeError(
                     "density ± epsilon",
                     where=f"{self.name}.epsilon",

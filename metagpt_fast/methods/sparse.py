@@ -73,6 +73,11 @@ class SparseMethod(Method):
         """
 
     @property
+    def uses_measurement(self) -> bool:
+        """Return False: Gram matrices say nothing about masked task vectors."""
+        return False
+
+    @property
     def needs_moments(self) -> bool:
         """Return whether the sums over masked task vectors are needed."""
         return False

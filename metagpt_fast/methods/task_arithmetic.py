@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class TaskArithmetic(Method):
     """θ = θ₀ + λ Σ_t w_t τ_t with given w, divided by Σ_t w_t if ``normalize``.
 
-    Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089; Eq. 2 of the MetaGPT paper (arXiv
-    2406.11385). 0.3 for each model is the usual choice without data.
+    Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089; Eq. 2 of the MetaGPT paper
+    (arXiv 2406.11385). 0.3 for each model is the usual choice without data.
     """
 
     name: ClassVar[str] = "task_arithmetic"

@@ -1,0 +1,122 @@
+"""From a finished layer pass to the report: coefficients by scope, norms, cosines, warnings."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import _native, trust
+from ._version import __version__
+from .artifacts import warnings_for
+from .measurement import cosines_of, norms_of
+from .report import MergeReport
+from .untrusted import brief
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .backends import Backend
+    from .input_files import InputFiles
+    from .layer_pass import LayerPass
+    from .output_shards import OutputShard
+    from .plan import MergePlan
+
+    FloatArray = NDArray[np.float64]
+
+
+def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
+    warnings = [*plan.warnings, *plan.recipe.method.warnings()]
+    total = layers.total_gram
+    if total is not None:
+        warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
+    warnings += trust.share_warnings(plan.labels, coefficients_by_scope(plan, layers.coefficients)[1])
+    for name, count in layers.num_nonfinite.items():
+        warnings.append(
+            f"{count} elements of tensor {brief(name)} are too large for the output dtype and became Inf; "
+            "use --dtype bf16 or f32"
+        )
+    return (*warnings, *warnings_for(plan.base))
+
+
+def make_report(
+    plan: MergePlan,
+    target: Path,
+    shards: Sequence[OutputShard],
+    layers: LayerPass,
+    files: InputFiles,
+    backend: Backend,
+    fingerprints: Sequence[list[dict[str, Any]]],
+    measurement_reused: bool,
+    started: float,
+) -> MergeReport:
+    """Return the report of a finished merge."""
+    recipe = plan.recipe
+    total = layers.total_gram
+    scopes, coefficients = coefficients_by_scope(plan, layers.coefficients)
+    return MergeReport(
+        out=target,
+        base=str(plan.base.path),
+        models=tuple(str(model.path) for model in plan.models),
+        labels=plan.labels,
+        method=recipe.method.name,
+        parameters=recipe.method.parameters(),
+        granularity=recipe.granularity,
+        exclude=recipe.exclude.pattern if recipe.exclude else None,
+        out_dtype=recipe.out_dtype.name.lower() if recipe.out_dtype else "keep",
+        scopes=scopes,
+        coefficients=coefficients,
+        norms=None if total is None else norms_of(total),
+        cosines=None if total is None else cosines_of(total),
+        base_norm=None if total is None else float(np.sqrt(total[0, 0])),
+        warnings=_warnings(plan, layers),
+        num_tensors=len(plan.tensors),
+        num_copied=len(plan.copied) + layers.num_unchanged,
+        num_parameters=plan.num_parameters,
+        nbytes_read=layers.nbytes_read,
+        nbytes_written=layers.nbytes_written,
+        seconds=time.perf_counter() - started,
+        seconds_measure=layers.seconds_measure,
+        seconds_combine=layers.seconds_combine,
+        backend=backend.name,
+        isa=_native.isa(),
+        num_threads=_native.num_threads(),
+        io=files.io,
+        measurement_reused=measurement_reused,
+        fingerprints={str(c.path): f for c, f in zip(plan.checkpoints, fingerprints, strict=True)},
+        versions={
+            "metagpt_fast": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+        shards=tuple(shard.file_name for shard in shards),
+        recipe=recipe.text,
+    )
+
+
+def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tuple[str, ...], FloatArray]:
+    """Return what the rows of a table of coefficients are for, S of them, and the table, float64 ``[S, M]``.
+
+    One row if all tensors have the same coefficients, else one per scope if those within a scope agree, else one per
+    tensor. A model that takes no part in a tensor has 0.
+
+    Args:
+        plan: M models.
+        coefficients: of every merged tensor and its own models, float64 ``[N, T]``.
+    """
+    table = np.zeros((len(plan.merged), len(plan.models)))
+    for row, tensor in enumerate(plan.merged):
+        for t, column in enumerate(tensor.columns):
+            table[row, column] += coefficients[row, t]
+    if (table == table[:1]).all():
+        return ("model",), table[:1]
+    names = [scope.name for scope in plan.scopes for _ in scope.tensors]
+    firsts = np.flatnonzero([a != b for a, b in zip(names, [None, *names[:-1]], strict=True)])
+    sizes = np.diff([*firsts, len(names)])
+    if (table == np.repeat(table[firsts], sizes, axis=0)).all():
+        return tuple(names[first] for first in firsts), table[firsts]
+    return tuple(tensor.name for tensor in plan.merged), table
