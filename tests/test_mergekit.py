@@ -182,7 +182,7 @@ def test_we_are_nearer(case, family, arrays, by_mergekit, by_us, record_property
         oracle = case.expected(name, arrays)
         mine.add(name, result, oracle, oracle.doubtful)
         peers.add(name, theirs[name], oracle, oracle.doubtful | oracle.tied)
-        if case.method == "arcee_fusion":  # mergekit's is not rounded
+        if case.name == "arcee_fusion":  # mergekit's is not rounded
             continue
         # Where both are half a unit off, the one that rounds the other way is nearer by an error of float32.
         beyond = np.abs(result - oracle.result) - np.abs(theirs[name] - oracle.result)
