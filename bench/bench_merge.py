@@ -22,7 +22,7 @@ from benchlib import mergekit
 from benchlib.machine import copy_command, is_memory_file_system
 from benchlib.page_cache import evict, fill, percent_cached
 from benchlib.processes import ProcessError, Usage, clean_environment, run_measured
-from benchlib.rounds import Measured, Task, run_rounds
+from benchlib.rounds import Measured, Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
 from make_family import FAMILIES, BenchFamily, default_folder, get_family
 
@@ -190,16 +190,10 @@ class MergeBench:
     ) -> Row:
         nbytes = case.num_reads * self._family.input_nbytes + self._family.model_nbytes
         metrics = {
-            "seconds": Spread.of([usage.seconds for usage in usages]),
+            **usage_metrics(usages),
             **metrics,
             "gb_per_s": Spread.of([nbytes / usage.seconds / 1e9 for usage in usages]),
-            "user_seconds": Spread.of([usage.user_seconds for usage in usages]),
-            "system_seconds": Spread.of([usage.system_seconds for usage in usages]),
         }
-        for kind in ("anonymous", "resident"):
-            peaks = [peak for usage in usages if (peak := getattr(usage, f"peak_{kind}_nbytes")) is not None]
-            if peaks:
-                metrics[f"peak_{kind}_mb"] = Spread.of([peak / 1e6 for peak in peaks])
         parameters = {"case": case.name, "cache": name.rsplit(", ", maxsplit=1)[-1], "num_reads": case.num_reads}
         parameters |= {"memory": self._memory, **self._sizes()}
         return Row("merge", name, parameters, metrics, self._formula(case.num_reads), nbytes, (*case.notes, *notes))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bench_merge
+import bench_methods
 import bench_startup
 import click
 from benchlib.machine import commit, describe_machine, describe_versions, result_name
@@ -69,6 +70,8 @@ def measure_all(
         ),
     }
     if not is_quick:
+        # mergekit takes its hour in bench_methods.py --mergekit, whose rows can be joined to these.
+        parts["methods"] = lambda: bench_methods.collect(family_folder=family_folder, num_rounds=3, tell=tell)
         # Last: its files push everything else out of the page cache.
         folder = (family_folder or default_folder(1)).with_name("llama-scale4")
         parts["merge, scale 4"] = lambda: bench_merge.collect(family_folder=folder, scale=4, tell=tell)

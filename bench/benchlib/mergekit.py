@@ -21,6 +21,6 @@ def recipe(method: str, base: Path, models: Sequence[Path]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def command(program: str, recipe_file: Path, out: Path) -> list[str]:
-    """Return the command; ``program`` is mergekit-yaml, by name or path."""
-    return [program, str(recipe_file), str(out), *_FAST_OPTIONS]
+def command(program: str, recipe_file: Path, out: Path, *, is_fast: bool = True) -> list[str]:
+    """Return the command; ``program`` is mergekit-yaml, by name or path; without ``is_fast`` its default options."""
+    return [program, str(recipe_file), str(out), *(_FAST_OPTIONS if is_fast else ())]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchlib.processes import Usage, clean_environment, run_measured
+from benchlib.rows import Spread
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,17 @@ def run_rounds(
             measured[task.name].append(usage)
             tell(f"round {number + 1}/{num_rounds}: {task.name}: {usage.seconds:.2f} s")
     return measured
+
+
+def usage_metrics(usages: Sequence[Usage]) -> dict[str, Spread]:
+    """Return wall and CPU time and peak memory, by the names of their metrics, over at least one run."""
+    metrics = {
+        "seconds": Spread.of([usage.seconds for usage in usages]),
+        "user_seconds": Spread.of([usage.user_seconds for usage in usages]),
+        "system_seconds": Spread.of([usage.system_seconds for usage in usages]),
+    }
+    for kind in ("anonymous", "resident"):
+        peaks = [peak for usage in usages if (peak := getattr(usage, f"peak_{kind}_nbytes")) is not None]
+        if peaks:
+            metrics[f"peak_{kind}_mb"] = Spread.of([peak / 1e6 for peak in peaks])
+    return metrics

@@ -40,6 +40,8 @@ METRICS: dict[str, Meaning] = {
     "percent_of_ceiling": Meaning("%", "higher", is_portable=True),
     "speedup_numpy": Meaning("x", "higher", is_portable=True),
     "speedup_torch": Meaning("x", "higher", is_portable=True),
+    "speedup_mergekit": Meaning("x", "higher", is_portable=True),
+    "speedup_mergekit_fast": Meaning("x", "higher", is_portable=True),
     "ratio_to_reference": Meaning("x", "lower", is_portable=True),
     "peak_anonymous_mb": Meaning("MB", "lower", is_portable=True),
     "peak_resident_mb": Meaning("MB", "lower", is_portable=True),
@@ -78,7 +80,7 @@ class Row:
     """One thing that was measured.
 
     Attributes:
-        suite: ``kernels``, ``merge`` or ``startup``.
+        suite: ``kernels``, ``merge``, ``methods`` or ``startup``.
         name: unique within the suite; the same in every result, so that two can be compared.
         parameters: what the name stands for, as plain values.
         metrics: by name in ``METRICS``.

@@ -14,6 +14,8 @@ _SHOWN = {
     "kernels": ("gb_per_s", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_numpy", "speedup_torch"),
     "merge": ("seconds", "ratio_to_reference", "gb_per_s", "user_seconds", "system_seconds", "peak_anonymous_mb",
               "peak_resident_mb"),
+    "methods": ("seconds", "speedup_mergekit", "speedup_mergekit_fast", "user_seconds", "system_seconds",
+                "peak_anonymous_mb", "peak_resident_mb"),
     "startup": ("seconds",),
 }  # fmt: skip
 _FILE_WIDTH = 180
@@ -26,6 +28,8 @@ HEADINGS = {
     "percent_of_ceiling": "% of ceiling",
     "speedup_numpy": "x NumPy",
     "speedup_torch": "x torch",
+    "speedup_mergekit": "x mergekit",
+    "speedup_mergekit_fast": "x mergekit, fast options",
     "ratio_to_reference": "x reference",
     "peak_anonymous_mb": "peak anon MB",
     "peak_resident_mb": "peak RSS MB",
