@@ -109,6 +109,69 @@ def layer_nonfinite(
     )
 
 
+def layer_row_divergence(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    divergences: NDArray[np.uint64],
+) -> None:
+    """Compute the divergence of every row of the model (operand 1) from the base's (operand 0).
+
+    ``columns``: int64 ``[K]``, elements of a row; ``divergences``: uint64 ``[K]``, addresses of float64
+    ``[numel / columns]`` for the results.
+    """
+    _core.layer_row_divergence(addresses, files, dtypes, numels, columns, divergences)
+
+
+def column_gram(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    has_base: bool,
+    columns: NDArray[np.int64],
+    grams: NDArray[np.uint64],
+) -> None:
+    """Add the Gram matrix of every column; ``grams``: uint64 ``[K]``, addresses of float64 ``[C, V, V]``."""
+    _core.column_gram(addresses, files, dtypes, numels, has_base, columns, grams)
+
+
+def column_merge(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    has_base: bool,
+    columns: NDArray[np.int64],
+    coefficients: NDArray[np.uint64],
+    out_addresses: NDArray[np.uint64],
+    out_files: NDArray[np.int32],
+    out_dtypes: NDArray[np.uint8],
+) -> NDArray[np.int64]:
+    """As :func:`layer_merge`; ``coefficients``: uint64 ``[K]``, addresses of float64 ``[C, T]``.
+
+    Returns:
+        int64 ``[K]``: how many elements of each result are NaN or Inf.
+    """
+    return cast(
+        "NDArray[np.int64]",
+        _core.column_merge(
+            addresses,
+            files,
+            dtypes,
+            numels,
+            has_base,
+            columns,
+            coefficients,
+            out_addresses,
+            out_files,
+            out_dtypes,
+        ),
+    )
+
+
 def inspect_dlpack(
     capsule: object,
 ) -> tuple[int, tuple[int, int, int], tuple[int, ...], tuple[int, ...] | None, tuple[int, int]]:

@@ -121,8 +121,7 @@ def layer_merge(layer: Layer, coefficients: FloatArray, out_dtypes: Sequence[DTy
         out = np.empty(_numel(operands) * out_dtype.itemsize, dtype=np.uint8)
         start = 0
         for chunk in _chunks(operands):
-            merge_chunk = _merge_chunk_in_float64 if in_float64 else _merge_chunk_in_float32
-            result = merge_chunk(chunk, row, out_dtype, has_base)
+            result = merge_chunk(chunk, row, out_dtype, has_base, in_float64)
             out[start : start + result.size] = result
             start += result.size
         merged.append(out)
@@ -142,6 +141,14 @@ def merge_float64(layer: Layer, coefficients: FloatArray, has_base: bool) -> lis
             terms = [c * (to_float64(*model) - base) for c, model in zip(row, operands[has_base:], strict=True)]
             merged.append(base + np.sum(terms, axis=0))
     return merged
+
+
+def merge_chunk(
+    chunk: Sequence[Operand], coefficients: FloatArray, out_dtype: DType, has_base: bool, in_float64: bool
+) -> Raw:
+    """Merge elements of one tensor; ``coefficients`` float64 [T], or [T, numel] with one for every element."""
+    merge = _merge_chunk_in_float64 if in_float64 else _merge_chunk_in_float32
+    return merge(chunk, coefficients, out_dtype, has_base)
 
 
 def count_nonfinite(raw: Raw, dtype: DType) -> tuple[int, int]:

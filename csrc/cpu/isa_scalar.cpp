@@ -6,10 +6,14 @@ namespace {
 //
 #include "vector_loops-inl.h"
 //
+#include "exp_log-inl.h"
 #include "layer_gram-inl.h"
 #include "layer_merge-inl.h"
+#include "per_column-inl.h"
+#include "row_divergence-inl.h"
 
-constexpr KernelTable kTable{"scalar", gram_span, merge_span};
+constexpr KernelTable kTable{"scalar",    gram_span,      merge_span,       row_max,
+                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span};
 }  // namespace
 
 const KernelTable* scalar_kernels() { return &kTable; }

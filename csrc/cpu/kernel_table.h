@@ -23,9 +23,19 @@ struct Operand {
 
 // Scratch memory of one thread, for layers of up to `num_operands` operands. 64-byte aligned parts.
 struct Workspace {
-  std::byte* values = nullptr;  // [V, kChunkNumel] fp64 (or fp32, using half of it)
+  std::byte* values = nullptr;  // [V + 2, kChunkNumel] fp64 (or fp32, using half of it)
   std::byte* lanes = nullptr;   // [V, V, kNumLanes] fp64 (or fp32)
   double* sums = nullptr;       // [V, V] upper triangle of one block
+};
+
+// Added to both softmaxes of a divergence, as mergekit does.
+inline constexpr double kSoftmaxEpsilon = 1e-8;
+
+// The softmax of a row: exp(x − max) · scale.
+struct Softmax {
+  double max;
+  double scale;        // 1 / Σ exp(x − max)
+  const double* exps;  // exp(x − max), or null where they have to be computed again
 };
 
 struct KernelTable {
@@ -43,6 +53,22 @@ struct KernelTable {
   // Returns the number of NaN and Inf written.
   std::size_t (*merge_span)(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t numel,
                             const double* coefficients, const Workspace& workspace, std::byte* out, DType out_dtype);
+
+  // A row, or a part of it, in fp64. Sums: kNumLanes lanes per block of kBlockNumel, a tree, blocks in order.
+  // row_exp_sum fills exps, [round_up(numel, 16)] or null. row_divergence takes base and model.
+  double (*row_max)(Operand operand, std::size_t numel);  // NaN are passed over
+  double (*row_exp_sum)(Operand operand, std::size_t numel, double max, double* exps);
+  double (*row_divergence)(const Operand* operands, std::size_t numel, const Softmax* softmax);
+
+  // sums[pair, c] = fma(v_i[r, c], v_j[r, c], sums[pair, c]), rows ascending, pairs i <= j, all in fp64. Operands are
+  // at column 0 of row 0; their rows are row_stride elements apart.
+  void (*column_gram_rows)(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t rows,
+                           std::size_t columns, std::size_t row_stride, const Workspace& workspace, double* sums);
+
+  // merge_span with coefficients [columns, T]: those of element e are in row e % columns.
+  std::size_t (*column_merge_span)(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t numel,
+                                   std::size_t columns, const double* coefficients, const Workspace& workspace,
+                                   std::byte* out, DType out_dtype);
 };
 
 // Tables compiled into this build; null where the target processor family does not have the instruction set.

@@ -53,35 +53,49 @@ MF_INLINE std::size_t store_chunk(const typename Vec::Scalar* sums, std::size_t 
   return 0;
 }
 
+// Elements [first, first + n), n <= kChunkNumel. `coefficients_of(t)(e)` is the vector of coefficients of model t at
+// element first + e; `base` has room for two chunks.
+template <class Vec, class Coefficients>
+MF_INLINE std::size_t merge_chunk(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t first,
+                                  std::size_t n, Coefficients coefficients_of, typename Vec::Scalar* base,
+                                  std::byte* out, DType out_dtype) {
+  using Scalar = typename Vec::Scalar;
+  using Reg = typename Vec::Reg;
+  Scalar* sums = base + kChunkNumel;
+  if (has_base) {
+    for_each_vector<Vec>(operands[0], first, n, [=](std::size_t e, Reg x) {
+      Vec::store(base + e, x);
+      Vec::store(sums + e, x);
+    });
+  } else {
+    for (std::size_t e = 0; e < round_up(n, Vec::kLanes); ++e) {
+      base[e] = 0;
+      sums[e] = -Scalar(0);  // c·x + (−0) is c·x for either sign of zero
+    }
+  }
+  for (std::size_t t = has_base; t < num_operands; ++t) {
+    const auto coefficient = coefficients_of(t - has_base);
+    for_each_vector<Vec>(operands[t], first, n, [=](std::size_t e, Reg x) {
+      const Reg delta = Vec::sub(x, Vec::load(base + e));
+      Vec::store(sums + e, Vec::fma(coefficient(e), delta, Vec::load(sums + e)));
+    });
+  }
+  return store_chunk<Vec>(sums, n, out + first * itemsize(out_dtype), out_dtype);
+}
+
 template <class Vec>
 std::size_t merge_general(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t numel,
                           const double* coefficients, const Workspace& workspace, std::byte* out, DType out_dtype) {
   using Scalar = typename Vec::Scalar;
-  using Reg = typename Vec::Reg;
   auto* base = reinterpret_cast<Scalar*>(workspace.values);
-  Scalar* sums = base + kChunkNumel;
+  const auto coefficients_of = [=](std::size_t t) {
+    const typename Vec::Reg c = Vec::broadcast(static_cast<Scalar>(coefficients[t]));
+    return [=](std::size_t) { return c; };
+  };
   std::size_t num_nonfinite = 0;
   for (std::size_t first = 0; first < numel; first += kChunkNumel) {
-    const std::size_t n = min_size(kChunkNumel, numel - first);
-    if (has_base) {
-      for_each_vector<Vec>(operands[0], first, n, [=](std::size_t e, Reg x) {
-        Vec::store(base + e, x);
-        Vec::store(sums + e, x);
-      });
-    } else {
-      for (std::size_t e = 0; e < round_up(n, Vec::kLanes); ++e) {
-        base[e] = 0;
-        sums[e] = -Scalar(0);  // c·x + (−0) is c·x for either sign of zero
-      }
-    }
-    for (std::size_t t = has_base; t < num_operands; ++t) {
-      const Reg c = Vec::broadcast(static_cast<Scalar>(coefficients[t - has_base]));
-      for_each_vector<Vec>(operands[t], first, n, [=](std::size_t e, Reg x) {
-        const Reg delta = Vec::sub(x, Vec::load(base + e));
-        Vec::store(sums + e, Vec::fma(c, delta, Vec::load(sums + e)));
-      });
-    }
-    num_nonfinite += store_chunk<Vec>(sums, n, out + first * itemsize(out_dtype), out_dtype);
+    num_nonfinite += merge_chunk<Vec>(operands, num_operands, has_base, first, min_size(kChunkNumel, numel - first),
+                                      coefficients_of, base, out, out_dtype);
   }
   return num_nonfinite;
 }

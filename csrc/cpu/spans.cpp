@@ -9,19 +9,50 @@
 
 namespace metagpt_fast::cpu {
 
-std::vector<Span> cut_into_spans(const Layer& layer) {
-  std::vector<Span> spans;
+namespace {
+
+void check_layer(const Layer& layer) {
   for (std::size_t k = 0; k < layer.num_tensors; ++k) {
     if (layer.numels[k] < 0) throw std::invalid_argument("numels: got a negative number of elements");
-    const auto numel = static_cast<std::size_t>(layer.numels[k]);
-    for (std::size_t first = 0; first < numel; first += kSpanNumel) {
-      spans.push_back({k, first, std::min(kSpanNumel, numel - first)});
-    }
   }
   for (std::size_t i = 0; i < layer.num_tensors * layer.num_operands; ++i) {
     if (layer.dtypes[i] >= kNumDTypes) {
       throw std::invalid_argument("dtypes: got code " + std::to_string(layer.dtypes[i]) + ", expected 0 to " +
                                   std::to_string(kNumDTypes - 1));
+    }
+  }
+}
+
+void cut_run(std::size_t tensor, std::size_t first, std::size_t end, std::size_t step, std::vector<Span>& spans) {
+  for (; first < end; first += step) spans.push_back({tensor, first, std::min(step, end - first)});
+}
+
+}  // namespace
+
+std::vector<Span> cut_into_spans(const Layer& layer) {
+  check_layer(layer);
+  std::vector<Span> spans;
+  for (std::size_t k = 0; k < layer.num_tensors; ++k) {
+    cut_run(k, 0, static_cast<std::size_t>(layer.numels[k]), kSpanNumel, spans);
+  }
+  return spans;
+}
+
+std::vector<Span> cut_into_row_spans(const Layer& layer, const std::int64_t* columns) {
+  check_layer(layer);
+  std::vector<Span> spans;
+  for (std::size_t k = 0; k < layer.num_tensors; ++k) {
+    const auto numel = static_cast<std::size_t>(layer.numels[k]);
+    if (numel == 0) continue;
+    if (columns[k] < 1 || layer.numels[k] % columns[k] != 0) {
+      throw std::invalid_argument("columns: got " + std::to_string(columns[k]) + " for a tensor of " +
+                                  std::to_string(numel) + " elements, expected a divisor");
+    }
+    const auto row_numel = static_cast<std::size_t>(columns[k]);
+    if (row_numel <= kSpanNumel) {
+      cut_run(k, 0, numel, kSpanNumel / row_numel * row_numel, spans);
+    } else {
+      for (std::size_t row = 0; row < numel; row += row_numel) cut_run(k, row, row + row_numel, kSpanNumel, spans);
     }
   }
   return spans;
@@ -61,8 +92,8 @@ const Operand* ThreadScratch::load(const Layer& layer, const Span& span) {
 
 const Workspace& ThreadScratch::workspace() {
   if (workspace_.values == nullptr) {
-    // The merge needs two rows of values whatever the number of operands.
-    const std::size_t values_nbytes = std::max<std::size_t>(num_operands_, 2) * kChunkNumel * sizeof(double);
+    // The merge needs two rows of values, and one of coefficients per model.
+    const std::size_t values_nbytes = (num_operands_ + 2) * kChunkNumel * sizeof(double);
     const std::size_t lanes_nbytes = num_operands_ * num_operands_ * kNumLanes * sizeof(double);
     std::byte* memory = grow(scratch_, values_nbytes + lanes_nbytes + 64);
     const std::size_t misalignment = reinterpret_cast<std::uintptr_t>(memory) % 64;

@@ -24,6 +24,10 @@ struct Span {
 // unknown dtype.
 std::vector<Span> cut_into_spans(const Layer& layer);
 
+// The same for tensors seen as rows of columns[k] elements: an item is several whole rows, or, of a row longer than
+// kSpanNumel, a part of that row. Throws std::invalid_argument also where the rows do not add up to the tensor.
+std::vector<Span> cut_into_row_spans(const Layer& layer, const std::int64_t* columns);
+
 // What one thread needs while it works on items: kernel scratch, and buffers for file operands and file output.
 class ThreadScratch {
  public:

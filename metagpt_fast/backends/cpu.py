@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from .. import _native
+from .tables import addresses_of
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from .tables import LayerTable, OutputTable
@@ -39,3 +42,53 @@ class CpuBackend:
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         return _native.layer_nonfinite(layer.addresses, layer.files, layer.dtypes, layer.numels, layer.has_base)
+
+    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        if not layer.has_base or layer.num_operands != 2:
+            raise ValueError(f"got {layer.num_operands} operands, expected a base and one model")
+        shapes = [(int(numel) // max(int(row), 1),) for numel, row in zip(layer.numels, columns, strict=True)]
+        divergences = [np.zeros(shape) for shape in shapes]
+        _native.layer_row_divergence(
+            layer.addresses, layer.files, layer.dtypes, layer.numels, columns, addresses_of(divergences, shapes)
+        )
+        return divergences
+
+    def column_gram(
+        self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
+    ) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        shapes = [(int(c), layer.num_operands, layer.num_operands) for c in columns]
+        grams = [np.zeros(shape) for shape in shapes] if gram is None else list(gram)
+        _native.column_gram(
+            layer.addresses,
+            layer.files,
+            layer.dtypes,
+            layer.numels,
+            layer.has_base,
+            columns,
+            addresses_of(grams, shapes),
+        )
+        return grams
+
+    def column_merge(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        coefficients: Sequence[NDArray[np.float64]],
+        out: OutputTable,
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        num_models = layer.num_operands - layer.has_base
+        return _native.column_merge(
+            layer.addresses,
+            layer.files,
+            layer.dtypes,
+            layer.numels,
+            layer.has_base,
+            columns,
+            addresses_of(coefficients, [(int(c), num_models) for c in columns]),
+            out.addresses,
+            out.files,
+            out.dtypes,
+        )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import reference
+from .. import reference, reference_rows
 from ..dtypes import DTYPES, DType
 from .tables import MEMORY
 
@@ -50,6 +51,41 @@ class ReferenceBackend:
             np.int64,
         )
         return found[..., 0], found[..., 1]
+
+    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        tensors = range(layer.num_tensors)
+        return [reference_rows.layer_row_divergence([_operands(layer, k)], [int(columns[k])])[0] for k in tensors]
+
+    def column_gram(
+        self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
+    ) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        tensors = range(layer.num_tensors)
+        grams = [
+            reference_rows.column_gram([_operands(layer, k)], [int(columns[k])], layer.has_base)[0] for k in tensors
+        ]
+        if gram is None:
+            return grams
+        return [np.add(total, added, out=total) for total, added in zip(gram, grams, strict=True)]
+
+    def column_merge(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        coefficients: Sequence[NDArray[np.float64]],
+        out: OutputTable,
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        for k in range(layer.num_tensors):
+            dtype = _BY_CODE[int(out.dtypes[k])]
+            (raw,) = reference_rows.column_merge(
+                [_operands(layer, k)], [int(columns[k])], [coefficients[k]], [dtype], layer.has_base
+            )
+            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
+            _write(int(out.addresses[k]), int(out.files[k]), raw)
+        return num_nonfinite
 
 
 def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]]:

@@ -116,6 +116,18 @@ def output_table(places: Sequence[Place]) -> OutputTable:
     return OutputTable(np.array(addresses, np.uint64), np.array(files, np.int32), np.array(dtypes, np.uint8))
 
 
+def addresses_of(arrays: Sequence[NDArray[np.float64]], shapes: Sequence[tuple[int, ...]]) -> NDArray[np.uint64]:
+    """Return where K arrays lie; the kernels see nothing but their addresses.
+
+    Raises:
+        ValueError: one is not C-contiguous float64 of its shape.
+    """
+    for array, shape in zip(arrays, shapes, strict=True):
+        if array.dtype != np.float64 or array.shape != shape or not array.flags.c_contiguous:
+            raise ValueError(f"got {array.dtype} {array.shape}, expected C-contiguous float64 {shape}")
+    return np.array([array.ctypes.data for array in arrays], np.uint64)
+
+
 class Backend(Protocol):
     """What carries out the kernels' contract (docs/numerics.md)."""
 
@@ -129,3 +141,47 @@ class Backend(Protocol):
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return per operand the number of NaN and Inf, and the index of the first (-1: none), int64 ``[K, V]``."""
+
+    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """Return how far every row of a model is from the base's, the measure of Arcee Fusion.
+
+        ``Σ p log(p / q)`` with ``p = softmax(model row) + 1e-8`` and ``q = softmax(base row) + 1e-8``. The layer has
+        two operands, base and model; ``columns`` int64 ``[K]`` is the size of each tensor's last dimension.
+
+        Returns:
+            K arrays, float64 ``[numel / columns]``. NaN where a row of one of the two has a NaN or a +Inf.
+
+        Raises:
+            ValueError: ``columns`` does not divide numel, or the layer has no base or several models.
+        """
+
+    def column_gram(
+        self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
+    ) -> list[NDArray[np.float64]]:
+        """Return the Gram matrix of every column of tensors seen as ``[R, C]``, C from ``columns`` int64 ``[K]``.
+
+        ``gram``: K arrays float64 ``[C, V, V]`` to add to, in place, instead of zeros. A tensor given in pieces of
+        multiples of 256 rows, in ascending order, gives the bits of the whole.
+
+        Returns:
+            K arrays, float64 ``[C, V, V]``.
+
+        Raises:
+            ValueError: ``columns`` does not divide numel.
+        """
+
+    def column_merge(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        coefficients: Sequence[NDArray[np.float64]],
+        out: OutputTable,
+    ) -> NDArray[np.int64]:
+        """Write the merged tensors with coefficients per column, K arrays float64 ``[C, T]``.
+
+        Returns:
+            Non-finite counts, int64 ``[K]``.
+
+        Raises:
+            ValueError: ``columns`` does not divide numel, or the coefficients have another shape.
+        """
