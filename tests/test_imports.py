@@ -24,6 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "recipe", "measurement", "trust", "family", "input_files", "ops"),
     ("writer", "output_target", "output_shards", "info"),
     ("checkpoint", "backends", "methods"),
+    ("reference_threshold", "reference_moments", "reference_elect"),
+    ("reference_masks",),
     ("reference", "safetensors_file"),
     ("untrusted", "quantities", "dtypes", "_native"),
     ("errors", "_version"),

@@ -17,8 +17,10 @@ namespace {
 //
 #include "layer_gram-inl.h"
 #include "layer_merge-inl.h"
+//
+#include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"avx2", gram_span, merge_span};
+constexpr KernelTable kTable{"avx2", gram_span, merge_span, kSparseKernels};
 }  // namespace
 }  // namespace metagpt_fast::cpu
 #if defined(__clang__)

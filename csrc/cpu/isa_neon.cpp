@@ -11,8 +11,10 @@ namespace {
 //
 #include "layer_gram-inl.h"
 #include "layer_merge-inl.h"
+//
+#include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"neon", gram_span, merge_span};
+constexpr KernelTable kTable{"neon", gram_span, merge_span, kSparseKernels};
 }  // namespace
 }  // namespace metagpt_fast::cpu
 

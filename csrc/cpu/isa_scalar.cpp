@@ -8,8 +8,10 @@ namespace {
 //
 #include "layer_gram-inl.h"
 #include "layer_merge-inl.h"
+//
+#include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"scalar", gram_span, merge_span};
+constexpr KernelTable kTable{"scalar", gram_span, merge_span, kSparseKernels};
 }  // namespace
 
 const KernelTable* scalar_kernels() { return &kTable; }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from .. import _native
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from .tables import LayerTable, OutputTable
+    from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
 
 class CpuBackend:
@@ -39,3 +40,39 @@ class CpuBackend:
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         return _native.layer_nonfinite(layer.addresses, layer.files, layer.dtypes, layer.numels, layer.has_base)
+
+    def layer_threshold(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        row_factors: NDArray[np.uint64],
+        key_kind: int,
+        ranks: NDArray[np.int64],
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_threshold(*_tensors(layer), columns, row_factors, key_kind, ranks)
+
+    def layer_count_nonzero(
+        self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_count_nonzero(*_tensors(layer), columns, row_factors, key_kind)
+
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_moments(*_tensors(layer), _fields(masks))
+
+    def layer_elect(
+        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_elect(*_tensors(layer), _fields(masks), _fields(election), _fields(out))
+
+
+def _tensors(layer: LayerTable) -> _native.Tensors:
+    return layer.addresses, layer.files, layer.dtypes, layer.numels
+
+
+def _fields(table: MaskTable | LayerElection | OutputTable) -> tuple[Any, ...]:
+    """Return the table's columns in the order of its fields, as the native kernels take them."""
+    return tuple(getattr(table, field.name) for field in dataclasses.fields(table))
