@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    Tensors = tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64]]
+    """Addresses, files, dtypes and numels of a layer."""
+
 try:
     from . import _core as _compiled  # type: ignore[attr-defined, unused-ignore]
 except ImportError as error:
@@ -257,3 +260,73 @@ def cuda_devices() -> list[dict[str, object]] | str:
     except RuntimeError as error:
         return str(error)
     return devices or "the CUDA driver reports no devices"
+
+
+def layer_threshold(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    row_factors: NDArray[np.uint64],
+    key_kind: int,
+    ranks: NDArray[np.int64],
+) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """Find the elements of these ranks, int64 ``[K, J, R]``, among each tensor's keys; J is 1 for variance, else T.
+
+    Returns:
+        uint32 ``[K, J, R]`` keys, and int64 ``[K, J, R]`` indices. For rank −1: 2^32 − 1 and −1.
+
+    Raises:
+        ValueError: a rank that the tensor does not have, or columns that do not divide its elements.
+    """
+    return cast(
+        "tuple[NDArray[np.uint32], NDArray[np.int64]]",
+        _core.layer_threshold(addresses, files, dtypes, numels, columns, row_factors, key_kind, ranks),
+    )
+
+
+def layer_count_nonzero(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    row_factors: NDArray[np.uint64],
+    key_kind: int,
+) -> NDArray[np.int64]:
+    """Count the keys that are above 0: int64 ``[K, J]``; J is 1 for variance, else T."""
+    return cast(
+        "NDArray[np.int64]",
+        _core.layer_count_nonzero(addresses, files, dtypes, numels, columns, row_factors, key_kind),
+    )
+
+
+def layer_moments(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    masks: tuple[Any, ...],
+) -> NDArray[np.float64]:
+    """Sum over masked task vectors: float64 ``[K, T, 6]``. ``masks``: the fields of a MaskTable, in order."""
+    return cast("NDArray[np.float64]", _core.layer_moments(addresses, files, dtypes, numels, masks))
+
+
+def layer_elect(
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    dtypes: NDArray[np.uint8],
+    numels: NDArray[np.int64],
+    masks: tuple[Any, ...],
+    election: tuple[Any, ...],
+    out: tuple[Any, ...],
+) -> NDArray[np.int64]:
+    """Combine masked task vectors element by element, and write the results.
+
+    ``masks``, ``election`` and ``out`` are the fields of a MaskTable, a LayerElection and an OutputTable, in order.
+
+    Returns:
+        int64 ``[K]``: how many elements of each result are NaN or Inf.
+    """
+    return cast("NDArray[np.int64]", _core.layer_elect(addresses, files, dtypes, numels, masks, election, out))

@@ -26,6 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe_tensors", "recipe_parameters", "recipe_file"),
     ("writer", "output_target", "output_shards", "info", "operations"),
     ("checkpoint", "backends", "methods"),
+    ("reference_threshold", "reference_moments", "reference_elect"),
+    ("reference_masks", "reference_rows"),
     ("reference", "safetensors_file", "recipe_schema"),
     ("recipe_yaml",),
     ("untrusted", "quantities", "dtypes", "layer_names", "_native"),

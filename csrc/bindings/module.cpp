@@ -17,9 +17,9 @@
 #include "dlpack.h"
 #include "gil_release.h"
 #include "rows.h"
+#include "sparse.h"
 #include "tables.h"
 
-namespace py = pybind11;
 using namespace metagpt_fast;
 
 namespace {
@@ -139,5 +139,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_isa", &cpu::set_isa, py::arg("name"));
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
+  bind_sparse(m);
   m.attr("SPAN_NUMEL") = cpu::kSpanNumel;
 }

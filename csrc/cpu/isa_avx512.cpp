@@ -21,9 +21,11 @@ namespace {
 #include "layer_merge-inl.h"
 #include "per_column-inl.h"
 #include "row_divergence-inl.h"
+//
+#include "sparse_kernels-inl.h"
 
 constexpr KernelTable kTable{"avx512",    gram_span,      merge_span,       row_max,
-                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span};
+                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
 }  // namespace
 }  // namespace metagpt_fast::cpu
 #if defined(__clang__)

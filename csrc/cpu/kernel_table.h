@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/dtype.h"
+#include "sparse_kernels.h"
 
 namespace metagpt_fast::cpu {
 
@@ -15,6 +16,11 @@ inline constexpr std::size_t kBlockNumel = 4096;
 inline constexpr std::size_t kNumLanes = 16;
 // Elements converted at a time: (1 + T) chunks of fp32 stay in the L1 cache.
 inline constexpr std::size_t kChunkNumel = 512;
+
+// Elements of a work item (spans.h): 64 blocks. Fixed, because the order of fp64 additions follows from it: blocks
+// within an item, then items. In bf16 with three models an item is 2 MiB of input, small enough to balance, large
+// enough for pread.
+inline constexpr std::size_t kSpanNumel = 64 * kBlockNumel;
 
 struct Operand {
   const std::byte* data;  // [numel] dtype, unaligned
@@ -69,6 +75,7 @@ struct KernelTable {
   std::size_t (*column_merge_span)(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t numel,
                                    std::size_t columns, const double* coefficients, const Workspace& workspace,
                                    std::byte* out, DType out_dtype);
+  SparseKernels sparse;
 };
 
 // Tables compiled into this build; null where the target processor family does not have the instruction set.

@@ -10,10 +10,6 @@
 
 namespace metagpt_fast::cpu {
 
-// Elements of one item: 64 blocks. Fixed, because the order of fp64 additions follows from it: blocks within an item,
-// then items. In bf16 with three models an item is 2 MiB of input, small enough to balance, large enough for pread.
-inline constexpr std::size_t kSpanNumel = 64 * kBlockNumel;
-
 struct Span {
   std::size_t tensor;  // index in the layer
   std::size_t first;   // element

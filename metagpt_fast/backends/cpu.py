@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from .tables import addresses_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .tables import LayerTable, OutputTable
+    from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
 
 class CpuBackend:
@@ -92,3 +93,39 @@ class CpuBackend:
             out.files,
             out.dtypes,
         )
+
+    def layer_threshold(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        row_factors: NDArray[np.uint64],
+        key_kind: int,
+        ranks: NDArray[np.int64],
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_threshold(*_tensors(layer), columns, row_factors, key_kind, ranks)
+
+    def layer_count_nonzero(
+        self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_count_nonzero(*_tensors(layer), columns, row_factors, key_kind)
+
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_moments(*_tensors(layer), _fields(masks))
+
+    def layer_elect(
+        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return _native.layer_elect(*_tensors(layer), _fields(masks), _fields(election), _fields(out))
+
+
+def _tensors(layer: LayerTable) -> _native.Tensors:
+    return layer.addresses, layer.files, layer.dtypes, layer.numels
+
+
+def _fields(table: MaskTable | LayerElection | OutputTable) -> tuple[Any, ...]:
+    """Return the table's columns in the order of its fields, as the native kernels take them."""
+    return tuple(getattr(table, field.name) for field in dataclasses.fields(table))

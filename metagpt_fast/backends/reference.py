@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .. import reference, reference_rows
+from .. import reference, reference_elect, reference_masks, reference_moments, reference_rows, reference_threshold
 from ..dtypes import DTYPES, DType
 from .tables import MEMORY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .tables import LayerTable, OutputTable
+    from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
 _BY_CODE = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code is not None}
 
@@ -87,6 +87,63 @@ class ReferenceBackend:
             _write(int(out.addresses[k]), int(out.files[k]), raw)
         return num_nonfinite
 
+    def layer_threshold(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        row_factors: NDArray[np.uint64],
+        key_kind: int,
+        ranks: NDArray[np.int64],
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        keys, indices = np.zeros(ranks.shape, np.uint32), np.zeros(ranks.shape, np.int64)
+        for k in range(layer.num_tensors):
+            rule = _key_rule(layer, k, columns, row_factors, key_kind)
+            keys[k], indices[k] = reference_threshold.threshold(_operands(layer, k), rule, ranks[k])
+        return keys, indices
+
+    def layer_count_nonzero(
+        self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        num_keys = 1 if key_kind == reference_masks.VARIANCE else layer.num_operands - 1
+        counts = np.zeros((layer.num_tensors, num_keys), np.int64)
+        for k in range(layer.num_tensors):
+            rule = _key_rule(layer, k, columns, row_factors, key_kind)
+            counts[k] = reference_threshold.count_nonzero(_operands(layer, k), rule)
+        return counts
+
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        moments = np.zeros((*masks.kinds.shape, 6))
+        for k in range(layer.num_tensors):
+            rule = _key_rule(layer, k, masks.columns, masks.row_factors, masks.key_kind)
+            moments[k] = reference_moments.moments(_operands(layer, k), _mask_rules(masks, k), rule)
+        return moments
+
+    def layer_elect(
+        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        for k in range(layer.num_tensors):
+            dtype = _BY_CODE[int(out.dtypes[k])]
+            rule = _key_rule(layer, k, masks.columns, masks.row_factors, masks.key_kind)
+            row = reference_elect.Election(
+                election.scales[k],
+                election.votes[k],
+                election.weights[k],
+                election.uniques[k],
+                float(election.lambdas[k]),
+                float(election.floors[k]),
+                bool(election.elects[k]),
+                bool(election.normalizes[k]),
+            )
+            raw = reference_elect.elect(_operands(layer, k), _mask_rules(masks, k), rule, row, dtype)
+            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
+            _write(int(out.addresses[k]), int(out.files[k]), raw)
+        return num_nonfinite
+
 
 def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]]:
     operands = []
@@ -121,3 +178,28 @@ def _write(address: int, file: int, raw: NDArray[np.uint8]) -> None:
     done = 0
     while done < raw.nbytes:
         done += os.pwrite(file, view[done:], address + done)
+
+
+def _key_rule(
+    layer: LayerTable, k: int, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+) -> reference_masks.KeyRule:
+    num_columns, address, factors = int(columns[k]), int(row_factors[k]), None
+    if key_kind == reference_masks.IMPORTANCE:
+        num_rows = int(layer.numels[k]) // max(num_columns, 1)
+        factors = _read(address, MEMORY, num_rows * 8).view(np.float64)
+    return reference_masks.KeyRule(key_kind, num_columns, factors)
+
+
+def _mask_rules(masks: MaskTable, k: int) -> list[reference_masks.MaskRule]:
+    return [
+        reference_masks.MaskRule(kind, tuple(keys), tuple(indices), tuple(probabilities), stream, value)
+        for kind, keys, indices, probabilities, stream, value in zip(
+            masks.kinds[k].tolist(),
+            masks.keys[k].tolist(),
+            masks.indices[k].tolist(),
+            masks.probabilities[k].tolist(),
+            masks.streams[k].tolist(),
+            masks.values[k].tolist(),
+            strict=True,
+        )
+    ]

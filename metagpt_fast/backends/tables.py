@@ -69,31 +69,44 @@ class OutputTable:
 
 @dataclass(frozen=True)
 class MaskTable:
-    """The masks of K tensors and T models (docs/numerics.md)."""
+    """Which elements of T task vectors are kept, for K tensors. The rules are in docs/numerics.md.
+
+    Attributes:
+        key_kind: what elements are ranked by: 0 magnitude, 1 variance across models, 2 magnitude times a row's factor.
+        kinds: 0 all, 1 band, 2 random, 3 random by rank, 4 near.
+        keys: of a band: upper and lower end, bits of non-negative float32.
+        indices: of a band: which of the elements with the end's key is the end.
+        probabilities: of random masks, in units of 2^-32, up to 2^32: the first; by rank: of a row's smallest and
+            largest key.
+        streams: of random masks: the random numbers' key.
+        values: of near: the largest change.
+        row_factors: addresses of float64 ``[numel / columns]``, 0 where unused.
+        columns: elements per row: of ranks and row factors.
+    """
 
     key_kind: int
     kinds: NDArray[np.uint8]  # [K, T]
-    keys: NDArray[np.uint32]  # [K, T, 2] upper, lower
-    indices: NDArray[np.int64]  # [K, T, 2] upper, lower
-    probabilities: NDArray[np.uint64]  # [K, T, 2] in units of 2^-32
+    keys: NDArray[np.uint32]  # [K, T, 2]
+    indices: NDArray[np.int64]  # [K, T, 2]
+    probabilities: NDArray[np.uint64]  # [K, T, 2]
     streams: NDArray[np.uint64]  # [K, T]
     values: NDArray[np.float64]  # [K, T]
-    row_factors: NDArray[np.uint64]  # [K] address of float64 [R], 0 where unused
-    columns: NDArray[np.int64]  # [K] elements per row
+    row_factors: NDArray[np.uint64]  # [K]
+    columns: NDArray[np.int64]  # [K]
 
 
 @dataclass(frozen=True)
 class LayerElection:
-    """How the models of K tensors are combined at each element (docs/numerics.md)."""
+    """How the models are combined at each element of K tensors. The rules are in docs/numerics.md."""
 
-    scales: NDArray[np.float64]  # [K, T]
-    votes: NDArray[np.float64]  # [K, T]
-    weights: NDArray[np.float64]  # [K, T]
-    uniques: NDArray[np.float64]  # [K, T]
-    lambdas: NDArray[np.float64]  # [K]
-    floors: NDArray[np.float64]  # [K]
-    elects: NDArray[np.uint8]  # [K]
-    normalizes: NDArray[np.uint8]  # [K]
+    scales: NDArray[np.float64]  # [K, T] factors of masked task vectors
+    votes: NDArray[np.float64]  # [K, T] factors where the sign is elected
+    weights: NDArray[np.float64]  # [K, T] what the divisor adds up
+    uniques: NDArray[np.float64]  # [K, T] factor where one model alone counts
+    lambdas: NDArray[np.float64]  # [K] factor of all
+    floors: NDArray[np.float64]  # [K] least divisor, where positive
+    elects: NDArray[np.uint8]  # [K] whether only the majority's sign counts
+    normalizes: NDArray[np.uint8]  # [K] whether the sum is divided by the weights
 
 
 def layer_table(places: Sequence[Sequence[Place]], numels: Sequence[int], has_base: bool) -> LayerTable:
@@ -185,3 +198,29 @@ class Backend(Protocol):
         Raises:
             ValueError: ``columns`` does not divide numel, or the coefficients have another shape.
         """
+
+    def layer_threshold(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        row_factors: NDArray[np.uint64],
+        key_kind: int,
+        ranks: NDArray[np.int64],
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Return keys and indices of the elements of these ranks, ``[K, J, R]``; 0 is the largest key, −1 none.
+
+        J is 1 for ``key_kind`` 1, else T. See :class:`MaskTable` for the other arguments.
+        """
+
+    def layer_count_nonzero(
+        self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+    ) -> NDArray[np.int64]:
+        """Return how many keys are above 0, int64 ``[K, J]``."""
+
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
+        """Return elements kept, Σ|δ|, Σ|δ|m, Σδ², Σ(δm)², elements that only this model keeps: float64 ``[K, T, 6]``."""
+
+    def layer_elect(
+        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
+    ) -> NDArray[np.int64]:
+        """Write ``base + λ Σ scale δ m / Σ weight`` over the models that count. Return non-finite counts, ``[K]``."""

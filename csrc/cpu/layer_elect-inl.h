@@ -1,0 +1,108 @@
+// layer_elect for one instruction set; see vector_loops-inl.h for how this text is used.
+
+// out[e] = (factor · δ) · m, 0 where the element is dropped.
+template <class Scalar, bool kWeighted>
+MF_NOINLINE void masked_terms(const Scalar* delta, const std::uint32_t* mask, const double* weights, double factor,
+                              std::size_t n, double* __restrict out) {
+  for (std::size_t e = 0; e < n; ++e) {
+    const double term = factor * static_cast<double>(delta[e]);
+    const double weighted = kWeighted ? term * weights[e] : term;
+    out[e] = mask[e] != 0 ? weighted : 0.0;
+  }
+}
+
+template <class Scalar>
+MF_INLINE void model_terms(const SparseRun& run, const SparseRows& rows, std::size_t t, double factor, std::size_t n,
+                           double* out) {
+  const auto compute = run.masks[t].kind == MaskKind::kNear ? masked_terms<Scalar, true> : masked_terms<Scalar, false>;
+  compute(row_of<Scalar>(rows.deltas, t), rows.masks + t * kChunkNumel, rows.weights + t * kChunkNumel, factor, n, out);
+}
+
+struct ElectRows {
+  double* terms;
+  double* votes;
+  double* total;    // numerator
+  double* divisor;  // sum of weights
+  std::uint32_t* num_counting;
+  double* unique;
+};
+
+// Adds one model's terms where it counts: where it is kept, or where its sign is the elected one. A NaN counts.
+MF_NOINLINE void add_terms(const ElectRows& rows, const std::uint32_t* mask, bool elects, double weight, double unique,
+                           std::size_t n) {
+  for (std::size_t e = 0; e < n; ++e) {
+    const double x = rows.terms[e];
+    const bool agrees = rows.votes[e] >= 0 ? !(x <= 0) : !(x >= 0);
+    const bool counts = elects ? agrees : mask[e] != 0;
+    rows.total[e] += counts ? x : 0.0;
+    rows.divisor[e] += counts ? weight : 0.0;
+    rows.num_counting[e] += counts ? 1 : 0;
+    rows.unique[e] = counts ? unique : rows.unique[e];
+  }
+}
+
+// out[e] = base + λ · total / divisor, in the arithmetic of the deltas; the base as it is where that changes nothing.
+template <class Scalar>
+MF_NOINLINE void finish_chunk(const ElectRows& rows, const ElectionRule& rule, const Scalar* base, std::size_t n,
+                              Scalar* out) {
+  for (std::size_t e = 0; e < n; ++e) {
+    const double total = rows.num_counting[e] == 1 ? rows.total[e] * rows.unique[e] : rows.total[e];
+    double divisor = rule.normalizes && rows.divisor[e] != 0 ? rows.divisor[e] : 1.0;
+    divisor = rule.floor > 0 && divisor < rule.floor ? rule.floor : divisor;
+    const auto change = static_cast<Scalar>(rule.lambda * (total / divisor));
+    const Scalar sum = base[e] + change;
+    out[e] = change == 0 ? base[e] : sum;
+  }
+}
+
+// Arithmetic in fp32 has no store of fp64; widening is exact.
+template <class Vec>
+MF_INLINE std::size_t store_merged(const typename Vec::Scalar* merged, std::size_t n, double* wide, std::byte* out,
+                                   DType dtype) {
+  if constexpr (sizeof(typename Vec::Scalar) == 4) {
+    if (dtype == DType::kF64) {
+      for (std::size_t e = 0; e < round_up(n, Vec::kLanes); ++e) wide[e] = static_cast<double>(merged[e]);
+      return store_chunk<VecD>(wide, n, out, dtype);
+    }
+  }
+  return store_chunk<Vec>(merged, n, out, dtype);
+}
+
+template <class Vec>
+std::size_t elect_run(const SparseRun& run, const ElectionRule& rule, const SparseRows& rows, std::byte* out,
+                      DType out_dtype) {
+  using Scalar = typename Vec::Scalar;
+  alignas(64) double unique[kChunkNumel];
+  alignas(64) Scalar merged[kChunkNumel];
+  const ElectRows sums{
+      rows.sums, rows.sums + kChunkNumel, rows.sums + 2 * kChunkNumel, rows.sums + 3 * kChunkNumel, rows.integers,
+      unique};
+  std::size_t num_nonfinite = 0;
+  for (std::size_t offset = 0; offset < run.numel; offset += kChunkNumel) {
+    const std::size_t n = min_size(kChunkNumel, run.numel - offset);
+    load_deltas<Vec>(run.operands, run.num_models, offset, n, rows);
+    chunk_masks<Scalar>(run, offset, n, rows);
+    for (std::size_t e = 0; e < n; ++e) {
+      sums.votes[e] = sums.total[e] = sums.divisor[e] = sums.unique[e] = 0;
+      sums.num_counting[e] = 0;
+    }
+    for (std::size_t t = 0; rule.elects && t < run.num_models; ++t) {
+      model_terms<Scalar>(run, rows, t, rule.votes[t], n, sums.terms);
+      for (std::size_t e = 0; e < n; ++e) sums.votes[e] += sums.terms[e];
+    }
+    for (std::size_t t = 0; t < run.num_models; ++t) {
+      model_terms<Scalar>(run, rows, t, rule.scales[t], n, sums.terms);
+      add_terms(sums, rows.masks + t * kChunkNumel, rule.elects, rule.weights[t], rule.uniques[t], n);
+    }
+    finish_chunk<Scalar>(sums, rule, row_of<Scalar>(rows.base, 0), n, merged);
+    for (std::size_t e = n; e < round_up(n, Vec::kLanes); ++e) merged[e] = 0;
+    num_nonfinite += store_merged<Vec>(merged, n, sums.terms, out + offset * itemsize(out_dtype), out_dtype);
+  }
+  return num_nonfinite;
+}
+
+std::size_t elect_span(const SparseRun& run, const ElectionRule& rule, const SparseRows& rows, std::byte* out,
+                       DType out_dtype) {
+  const auto elect = any_f64(run.operands, 1 + run.num_models) ? elect_run<VecD> : elect_run<VecF>;
+  return elect(run, rule, rows, out, out_dtype);
+}

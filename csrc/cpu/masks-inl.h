@@ -1,0 +1,74 @@
+// Masks of one chunk: a word of ones for every element that is kept; see vector_loops-inl.h for how this text is used.
+
+MF_INLINE std::uint32_t all_ones_if(bool kept) { return kept ? ~0u : 0u; }
+
+// Elements [first, first + n) of the tensor have these keys.
+MF_NOINLINE void band_mask(const std::uint32_t* keys, std::size_t first, std::size_t n, const MaskRule& rule,
+                           std::uint32_t* mask) {
+  const auto begin = static_cast<std::int64_t>(first);
+  for (std::size_t e = 0; e < n; ++e) {
+    const std::int64_t index = begin + static_cast<std::int64_t>(e);
+    const bool below_upper = keys[e] < rule.keys[0] || (keys[e] == rule.keys[0] && index >= rule.indices[0]);
+    const bool above_lower = keys[e] > rule.keys[1] || (keys[e] == rule.keys[1] && index <= rule.indices[1]);
+    mask[e] = all_ones_if(below_upper && above_lower);
+  }
+}
+
+// `first` is a multiple of 4.
+MF_NOINLINE void random_mask(std::size_t first, std::size_t n, const MaskRule& rule, std::uint32_t* mask) {
+  const std::uint64_t probability = rule.probabilities[0];
+  if (probability >> 32 != 0) {
+    for (std::size_t e = 0; e < n; ++e) mask[e] = ~0u;
+    return;
+  }
+  const auto limit = static_cast<std::uint32_t>(probability);
+  random_numbers(rule.stream, first / 4, (n + 3) / 4, mask);
+  for (std::size_t e = 0; e < n; ++e) mask[e] = all_ones_if(mask[e] < limit);
+}
+
+// weights[e] = min(max(value / max(|δ|, 1e-6), 0), 1), where a NaN counts as small.
+template <class Scalar>
+void near_mask(const Scalar* delta, std::size_t n, double value, double* weights, std::uint32_t* mask) {
+  for (std::size_t e = 0; e < n; ++e) {
+    const double magnitude = __builtin_fabs(static_cast<double>(delta[e]));
+    const double ratio = value / (magnitude > 1e-6 ? magnitude : 1e-6);
+    const double positive = ratio > 0 ? ratio : 0;
+    weights[e] = positive < 1 ? positive : 1;
+    mask[e] = all_ones_if(weights[e] > 0);
+  }
+}
+
+MF_INLINE void expand_bits(const std::uint64_t* bits, std::size_t n, std::uint32_t* mask) {
+  for (std::size_t e = 0; e < n; ++e) mask[e] = all_ones_if((bits[e / 64] >> (e % 64) & 1) != 0);
+}
+
+// rows.masks of elements [offset, offset + n) of the run, whose deltas are loaded; zero up to a multiple of kNumLanes.
+template <class Scalar>
+void chunk_masks(const SparseRun& run, std::size_t offset, std::size_t n, const SparseRows& rows) {
+  const std::size_t first = run.first + offset;
+  bool has_keys = false;  // of the variance, which all models share
+  for (std::size_t t = 0; t < run.num_models; ++t) {
+    const MaskRule& rule = run.masks[t];
+    std::uint32_t* mask = rows.masks + t * kChunkNumel;
+    switch (rule.kind) {
+      case MaskKind::kAll:
+        for (std::size_t e = 0; e < n; ++e) mask[e] = ~0u;
+        break;
+      case MaskKind::kBand:
+        if (!has_keys) chunk_keys<Scalar>(rows, run.num_models, t, first, n, run.key, rows.keys);
+        has_keys = run.key.kind == KeyKind::kVariance;
+        band_mask(rows.keys, first, n, rule, mask);
+        break;
+      case MaskKind::kRandom:
+        random_mask(first, n, rule, mask);
+        break;
+      case MaskKind::kRanked:
+        expand_bits(run.ranked + t * kRankedWords + offset / 64, n, mask);
+        break;
+      case MaskKind::kNear:
+        near_mask<Scalar>(row_of<Scalar>(rows.deltas, t), n, rule.value, rows.weights + t * kChunkNumel, mask);
+        break;
+    }
+    for (std::size_t e = n; e < round_up(n, kNumLanes); ++e) mask[e] = 0;
+  }
+}
