@@ -91,10 +91,16 @@ def merge_state_dicts(
         for name, views in zip(names, operands, strict=True)
     ]
     table = layer_table([[view.place for view in views] for views in operands], [row.numel for row in rows], has_base)
-    out_table = output_table([ops.view(output, "out").place for output in outputs])
     with ops.threads_for_call(threads):
         operation = make_operation(rows, make_backend(backend))
         _measure(operation, rows, table, backend)
+        # Outputs may be the operands' own memory.
+        targets = (
+            outputs
+            if operation.is_local
+            else [ops.empty_like(each, ops.view(each, "out").dtype, "out") for each in outputs]
+        )
+        out_table = output_table([ops.view(target, "out").place for target in targets])
         for scope in _scopes(names, recipe.granularity):
             operation.solve(scope)
         is_copied = [operation.is_unchanged(k) and out_table.dtypes[k] == table.dtypes[k, 0] for k in range(len(rows))]
@@ -102,12 +108,18 @@ def merge_state_dicts(
         merged = [k for k in written if not is_copied[k]]
         if merged:
             operation.combine(table.take(merged), merged, out_table.take(merged))
+    if targets is not outputs:
+        _copy([targets[k] for k in merged], [outputs[k] for k in merged], threads, backend)
     # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
     copied_rows = [k for k in written if is_copied[k]]
-    copies = [outputs[k] for k in copied_rows]
-    ops.layer_merge(None, [[bases[k] for k in copied_rows]], [1.0], copies, threads=threads, backend=backend)
+    _copy([bases[k] for k in copied_rows], [outputs[k] for k in copied_rows], threads, backend)
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
+
+
+def _copy(arrays: Sequence[Any], outputs: Sequence[Any], threads: int | None, backend: str) -> None:
+    """Copy arrays of the outputs' dtypes: 1 · x + (−0) is x, bit for bit."""
+    ops.layer_merge(None, [list(arrays)], [1.0], list(outputs), threads=threads, backend=backend)
 
 
 def _measure(operation: Operation, rows: Sequence[Row], table: LayerTable, backend: str) -> None:

@@ -60,6 +60,8 @@ class Operation(ABC):
 
     Attributes:
         is_cuttable: whether a tensor may be measured and combined in pieces. If not, a layer has whole tensors.
+        is_local: whether, once solved, an element of the output depends on the operands' elements of its place only:
+            such an output may be an operand's own memory.
         needs_measurement: whether ``measure`` has to see every tensor before ``solve``.
         coefficients: float64 ``[N, T]``, NaN until solved: what the report shows. T is the most models of a row; the
             columns behind a row's own models stay NaN.
@@ -67,6 +69,7 @@ class Operation(ABC):
     """
 
     is_cuttable = True
+    is_local = True
 
     def __init__(self, rows: Sequence[Row], backend: Backend) -> None:
         self._rows = rows

@@ -70,6 +70,11 @@ class Masks:
         """Return whether some rule says something about the other elements of the tensor."""
         return any(_needs_threshold(rule) for each in self._rules for rule in each)
 
+    @property
+    def rank_rows(self) -> bool:
+        """Return whether some mask depends on the ranks within rows, which kernels look at whenever they need it."""
+        return any(isinstance(rule, rules.KeepByRank) for each in self._rules for rule in each)
+
     def key_kind(self, number: int) -> KeyKind:
         """Return what the row's elements are ranked by."""
         rule = self._rules[number][0]

@@ -34,6 +34,7 @@ class SparseOperation(Operation):
         self._elections: dict[int, Election] = {}
         needs_moments = any(_method(row).needs_moments for row in rows)
         self.needs_measurement = needs_moments or self._masks.needs_thresholds
+        self.is_local = not self._masks.rank_rows
 
     def measure(self, layer: LayerTable, rows: Sequence[int]) -> NDArray[np.bool_]:
         """Find the thresholds of a layer's tensors, then sum what their masks keep."""
