@@ -94,12 +94,9 @@ def merge_state_dicts(
     with ops.threads_for_call(threads):
         operation = make_operation(rows, make_backend(backend))
         _measure(operation, rows, table, backend)
-        # Outputs may be the operands' own memory.
-        targets = (
-            outputs
-            if operation.is_local
-            else [ops.empty_like(each, ops.view(each, "out").dtype, "out") for each in outputs]
-        )
+        # Outputs that the caller gave may be the operands' own memory.
+        is_safe = operation.is_local or out is None
+        targets = outputs if is_safe else [ops.empty_like(each, ops.view(each, "out").dtype, "out") for each in outputs]
         out_table = output_table([ops.view(target, "out").place for target in targets])
         for scope in _scopes(names, recipe.granularity):
             operation.solve(scope)

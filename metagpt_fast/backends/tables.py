@@ -218,7 +218,7 @@ class Backend(Protocol):
         """Return how many keys are above 0, int64 ``[K, J]``."""
 
     def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
-        """Return elements kept, Σ|δ|, Σ|δ|m, Σδ², Σ(δm)², elements that only this model keeps: float64 ``[K, T, 6]``."""
+        """Return kept, Σ|δ|, Σ|δ|m, Σδ², Σ(δm)², and what only this model keeps: float64 ``[K, T, 6]``."""
 
     def layer_elect(
         self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
