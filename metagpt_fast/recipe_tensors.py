@@ -126,6 +126,8 @@ class _Resolver:
         layers: tuple[LayerOrigin, ...] = ()
         if self._recipe.is_sliced:
             stack, parts = self._stack()
+            for each in self._slices:
+                self._check_ranges(each, parts)
             layers = tuple(self._layers())
             tensors = tuple(self._sliced(stack, parts))
             self._check_nothing_lost(tensors)
@@ -216,8 +218,6 @@ class _Resolver:
             yield from map(partial(LayerOrigin, each.sources[0].model), range(first, end))
 
     def _sliced(self, stack: str, parts: list[Layers]) -> Iterator[RecipeTensor]:
-        for each in self._slices:
-            self._check_ranges(each, parts)
         yield from self._outside(0, before=True)
         num_layers = 0
         for index, each in enumerate(self._slices):

@@ -226,7 +226,7 @@ class _Builder:
         """Return what a scalar means: by its tag, or if it is plain by what it looks like."""
         tag = event.tag
         if tag is None or tag == "!":
-            is_plain = tag is None and event.implicit[0] and len(event.value) <= _MAX_NUMBER_LENGTH
+            is_plain = event.implicit[0] and len(event.value) <= _MAX_NUMBER_LENGTH
             tag = _RESOLVER.resolve(yaml.ScalarNode, event.value, (True, False)) if is_plain else _CORE + "str"
             tag = tag if tag in _SCALAR_TAGS else _CORE + "str"  # dates and the like stay texts
         elif tag not in _SCALAR_TAGS:

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reporting",),
     ("layer_pass", "schedule", "artifacts", "model_card", "report"),
     ("plan", "plan_checks", "recipe", "measurement", "trust", "family", "input_files", "ops"),
-    ("recipe_tensors", "recipe_parameters", "recipe_file"),
+    ("recipe_methods", "recipe_tensors", "recipe_parameters", "recipe_file"),
     ("writer", "output_target", "output_shards", "info", "operations"),
     ("checkpoint", "backends", "methods"),
     ("reference_threshold", "reference_moments", "reference_elect"),
