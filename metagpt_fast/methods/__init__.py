@@ -12,12 +12,18 @@ from functools import cache
 from ..errors import RecipeError
 from .arcee_fusion import ArceeFusion
 from .base import Method
+from .karcher import Karcher
 from .linear import Linear
 from .metagpt import MetaGPT
+from .model_stock import ModelStock
+from .multislerp import MultiSlerp
 from .nearswap import NearSwap
+from .nuslerp import NuSlerp
+from .passthrough import Passthrough
 from .pruning import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear, Ties
 from .ram import RAM, RAMPlus
 from .sce import SCE
+from .slerp import Slerp
 from .sparse import SparseMethod
 from .task_arithmetic import TaskArithmetic
 
@@ -29,6 +35,12 @@ METHODS: dict[str, type[Method]] = {
         MetaGPT,
         TaskArithmetic,
         Linear,
+        Slerp,
+        NuSlerp,
+        MultiSlerp,
+        Karcher,
+        ModelStock,
+        Passthrough,
         Ties,
         DareLinear,
         DareTies,
