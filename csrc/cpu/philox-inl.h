@@ -1,55 +1,8 @@
 // Random numbers that depend on nothing but stream and element: Philox4x32-10 (Salmon et al., "Parallel random numbers:
 // as easy as 1, 2, 3", SC 2011).
 
-#if defined(__AVX2__) && !defined(__clang__)
-// Four counters per register, a word of theirs in the low half of each 64-bit lane: GCC 12 neither keeps the state of
-// the plain loop below in registers nor finds this multiplication.
-using Lanes64 [[gnu::vector_size(32)]] = std::uint64_t;
-using Lanes32 [[gnu::vector_size(32)]] = int;
-
-MF_INLINE Lanes64 multiply_low_halves(Lanes64 a, std::uint64_t b) {
-  return (Lanes64)__builtin_ia32_pmuludq256((Lanes32)a, (Lanes32)(Lanes64{} + b));
-}
-
 // The numbers of the 16 counters from `counter` on.
-MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
-  constexpr int kNumRegisters = 4;
-  constexpr std::uint64_t kLow = 0xffffffffu;
-  Lanes64 a[kNumRegisters], b[kNumRegisters], c[kNumRegisters], d[kNumRegisters];
-  for (int r = 0; r < kNumRegisters; ++r) {
-    const Lanes64 number = Lanes64{0, 1, 2, 3} + (counter + 4 * static_cast<std::uint64_t>(r));
-    a[r] = number;
-    b[r] = number >> 32;
-    c[r] = Lanes64{};
-    d[r] = Lanes64{};
-  }
-  std::uint64_t low = stream & kLow;
-  std::uint64_t high = stream >> 32;
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kNumRegisters; ++r) {
-      const Lanes64 first = multiply_low_halves(a[r], 0xd2511f53u);
-      const Lanes64 second = multiply_low_halves(c[r], 0xcd9e8d57u);
-      a[r] = (second >> 32) ^ b[r] ^ low;
-      c[r] = (first >> 32) ^ d[r] ^ high;
-      b[r] = second;
-      d[r] = first;
-    }
-    low = (low + 0x9e3779b9u) & kLow;
-    high = (high + 0xbb67ae85u) & kLow;
-  }
-  for (int r = 0; r < kNumRegisters; ++r) {
-    const Lanes64 front = (a[r] & kLow) | b[r] << 32;
-    const Lanes64 back = (c[r] & kLow) | d[r] << 32;
-    for (int i = 0; i < 4; ++i) {
-      const std::uint64_t words[2] = {front[i], back[i]};
-      __builtin_memcpy(out + 4 * (4 * r + i), words, sizeof(words));
-    }
-  }
-}
-#else
-MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
+MF_INLINE void plain_random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
   constexpr std::size_t kNum = 16;
   std::uint32_t a[kNum], b[kNum], c[kNum] = {}, d[kNum] = {};
   for (std::size_t i = 0; i < kNum; ++i) {
@@ -77,16 +30,71 @@ MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::ui
     out[4 * i + 3] = d[i];
   }
 }
-#endif
+
+// The same where Vec multiplies the low halves of four 64-bit lanes, each of which has a word of one counter: GCC 12
+// finds neither this multiplication for the plain loop nor registers for its state.
+template <class Vec>
+MF_INLINE void wide_random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
+  using Lanes64 [[gnu::vector_size(32)]] = std::uint64_t;
+  constexpr int kNumRegisters = 4;
+  constexpr std::uint64_t kLow = 0xffffffffu;
+  const Lanes64 first_factor = Lanes64{} + 0xd2511f53u;
+  const Lanes64 second_factor = Lanes64{} + 0xcd9e8d57u;
+  Lanes64 a[kNumRegisters], b[kNumRegisters], c[kNumRegisters], d[kNumRegisters];
+#pragma GCC unroll 4
+  for (int r = 0; r < kNumRegisters; ++r) {
+    const Lanes64 number = Lanes64{0, 1, 2, 3} + (counter + 4 * static_cast<std::uint64_t>(r));
+    a[r] = number;
+    b[r] = number >> 32;
+    c[r] = Lanes64{};
+    d[r] = Lanes64{};
+  }
+  std::uint64_t low = stream & kLow;
+  std::uint64_t high = stream >> 32;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kNumRegisters; ++r) {
+      const Lanes64 first = Vec::multiply_low_halves(a[r], first_factor);
+      const Lanes64 second = Vec::multiply_low_halves(c[r], second_factor);
+      a[r] = (second >> 32) ^ b[r] ^ low;
+      c[r] = (first >> 32) ^ d[r] ^ high;
+      b[r] = second;
+      d[r] = first;
+    }
+    low = (low + 0x9e3779b9u) & kLow;
+    high = (high + 0xbb67ae85u) & kLow;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kNumRegisters; ++r) {
+    const Lanes64 front = (a[r] & kLow) | b[r] << 32;
+    const Lanes64 back = (c[r] & kLow) | d[r] << 32;
+    std::uint64_t words[4][2];
+    for (int i = 0; i < 4; ++i) {
+      words[i][0] = front[i];
+      words[i][1] = back[i];
+    }
+    __builtin_memcpy(out + 16 * r, words, sizeof(words));
+  }
+}
+
+template <class Vec>
+MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
+  if constexpr (Vec::kLanes >= 8) {
+    wide_random_block<Vec>(stream, counter, out);
+  } else {
+    plain_random_block(stream, counter, out);
+  }
+}
 
 // out[i] = the number of element 4 · counter + i, for 4 · num_counters elements.
 MF_NOINLINE void random_numbers(std::uint64_t stream, std::uint64_t counter, std::size_t num_counters,
                                 std::uint32_t* out) {
   constexpr std::size_t kBlock = 16;
   std::size_t done = 0;
-  for (; done + kBlock <= num_counters; done += kBlock) random_block(stream, counter + done, out + 4 * done);
+  for (; done + kBlock <= num_counters; done += kBlock) random_block<VecF>(stream, counter + done, out + 4 * done);
   if (done == num_counters) return;
   std::uint32_t block[4 * kBlock];
-  random_block(stream, counter + done, block);
+  random_block<VecF>(stream, counter + done, block);
   __builtin_memcpy(out + 4 * done, block, 4 * (num_counters - done) * sizeof(std::uint32_t));
 }

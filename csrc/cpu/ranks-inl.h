@@ -148,28 +148,28 @@ struct Pending {
 
 // Calls keep(index) for pending elements that are kept, after sorting the bins they are in.
 template <class Keep>
-MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns, const Bins& bins,
-                                 const MaskRule& rule, const Pending& pending, const RankScratch& scratch, Keep keep) {
+MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns, const Bins& bins, const MaskRule& rule,
+                                 const Pending& pending, const RankScratch& scratch, Keep keep) {
   std::uint32_t ends[kMostBins];
-  bool is_wanted[kMostBins];
+  bool is_sorted[kMostBins];
   for (std::size_t b = 0; b < bins.num; ++b) {
     ends[b] = bins.starts[b];
-    is_wanted[b] = false;
+    is_sorted[b] = false;
   }
-  for (std::size_t i = 0; i < pending.num; ++i) is_wanted[bins.bin_of(keys[Pending::index(pending.items[i])])] = true;
+  // All bins, wanted or not: no branch to mispredict.
   std::uint64_t* items = scratch.order[0];
+  const std::uint32_t floor = bins.floor;
+  const int shift = bins.shift;
   for (std::size_t e = 0; e < columns; ++e) {
-    const std::size_t b = bins.bin_of(keys[e]);
-    if (is_wanted[b]) items[ends[b]++] = std::uint64_t{keys[e]} << 32 | e;
-  }
-  for (std::size_t b = 0; b < bins.num; ++b) {
-    if (is_wanted[b]) sort_items(items + bins.starts[b], ends[b] - bins.starts[b], scratch.order[1]);
+    items[ends[Bins::of(keys[e], floor, shift)]++] = std::uint64_t{keys[e]} << 32 | e;
   }
   for (std::size_t i = 0; i < pending.num; ++i) {
     const std::size_t index = Pending::index(pending.items[i]);
     const std::uint64_t item = std::uint64_t{keys[index]} << 32 | index;
     const std::size_t b = bins.bin_of(keys[index]);
     std::size_t rank = bins.starts[b];
+    if (!is_sorted[b]) sort_items(items + rank, bins.starts[b + 1] - rank, scratch.order[1]);
+    is_sorted[b] = true;
     for (std::size_t length = bins.starts[b + 1] - rank; length > 1;) {
       const std::size_t half = length / 2;
       rank += items[rank + half] <= item ? half : 0;
