@@ -71,10 +71,11 @@ struct SparseRows {
   static constexpr std::size_t kNumSumRows = 4;
 };
 
-// Scratch memory of one thread for the ranks within a row: [columns] each.
+// Scratch memory of one thread for the ranks within a row: [columns] each, keys of kChunkNumel at least.
 struct RankScratch {
   std::uint32_t* keys = nullptr;
   std::uint64_t* order[2] = {};
+  std::uint64_t* pending = nullptr;  // no more than a work item has elements
 };
 
 // Columns of the moments.
