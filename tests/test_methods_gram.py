@@ -7,10 +7,12 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from metagpt_fast import merge_state_dicts
 from metagpt_fast.errors import DataError, RecipeError
 from metagpt_fast.methods import METHODS, Karcher, ModelStock, MultiSlerp, NuSlerp, Passthrough, Slerp, make_method
 
-from . import direct_methods as direct
+from . import method_oracles as oracles
+from .method_oracles import norm
 
 ROUNDING = 1e-11
 
@@ -31,9 +33,14 @@ def merged(method, models, base=None):
     return base + method.solve(vectors @ vectors.T, True) @ vectors[1:]
 
 
+def by_definition(name, models, base=None, **parameters):
+    """The merged vector, evaluated on the vectors step by step."""
+    return getattr(oracles, name)(base, list(models), **parameters).result
+
+
 def assert_close(found, expected, *sizes, tolerance=ROUNDING):
     assert np.isfinite(found).all()
-    assert direct.norm(found - expected) <= tolerance * max(map(direct.norm, (expected, *sizes)))
+    assert norm(found - expected) <= tolerance * max(map(norm, (expected, *sizes)))
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -47,9 +54,9 @@ weights = st.floats(0.1, 3)
 @given(seeds, numels, spreads, places)
 def test_slerp(seed, numel, spread, t):
     models = models_of(seed, 2, numel, spread)
-    cosine = models[0] @ models[1] / direct.norm(models[0]) / direct.norm(models[1])
+    cosine = models[0] @ models[1] / norm(models[0]) / norm(models[1])
     assume(abs(abs(cosine) - 0.9995) > 1e-9)  # where either side is right
-    assert_close(merged(Slerp(t=t), models), direct.slerp(t, *models), *models)
+    assert_close(merged(Slerp(t=t), models), by_definition("slerp", models[1:], models[0], t=t), *models)
 
 
 def test_slerp_is_a_line_near_a_line_and_an_arc_elsewhere():
@@ -71,20 +78,19 @@ def test_slerp_reaches_both_ends(t):
 def test_slerp_from_a_zero_vector():
     vector = np.array([[0.0, 0.0], [3.0, 4.0]])
     np.testing.assert_allclose(merged(Slerp(t=0.5), vector), np.sqrt(0.5) * vector[1], rtol=1e-14)
-    np.testing.assert_allclose(merged(Slerp(t=0.5), vector), direct.slerp(0.5, *vector), rtol=1e-14)
+    np.testing.assert_allclose(
+        merged(Slerp(t=0.5), vector), by_definition("slerp", vector[1:], vector[0], t=0.5), rtol=1e-14
+    )
     assert merged(Slerp(), np.zeros((2, 3))).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("has_base", [False, True])
 @given(seed=seeds, numel=numels, spread=spreads, first=weights, second=weights)
 def test_nuslerp(has_base, seed, numel, spread, first, second):
-    models = models_of(seed, 3, numel, spread)
-    method = NuSlerp(weight=(first, second))
-    if not has_base:
-        assert_close(merged(method, models[1:]), direct.nuslerp([first, second], *models[1:]), *models)
-        return
-    base = models[0]
-    assert_close(merged(method, models[1:], base), base + direct.nuslerp([first, second], *models[1:] - base), *models)
+    center, *models = models_of(seed, 3, numel, spread)
+    base = center if has_base else None
+    expected = by_definition("nuslerp", models, base, weight=(first, second))
+    assert_close(merged(NuSlerp(weight=(first, second)), np.array(models), base), expected, center, *models)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_nuslerp_of_opposite_vectors_is_a_line():
 @pytest.mark.parametrize("numbers", [(0.0, 1.0), (0.0, 0.0), (1e-9, 1.0), (1e-9, 2e-9)])
 def test_nuslerp_of_short_vectors(numbers):
     models = np.array(numbers)[:, None] * np.array([[3.0, 4.0], [4.0, -2.0]])
-    np.testing.assert_allclose(merged(NuSlerp(), models), direct.nuslerp([1, 1], *models), rtol=1e-13)
+    np.testing.assert_allclose(merged(NuSlerp(), models), by_definition("nuslerp", models, weight=1), rtol=1e-13)
 
 
 def test_nuslerp_says_what_has_an_angle():
@@ -126,25 +132,21 @@ def test_multislerp(has_base, seed, num_models, numel, spread, normalize):
     models = models_of(seed, 1 + num_models, numel, spread)
     weight = np.random.default_rng(seed).uniform(0.1, 2, num_models)
     method = MultiSlerp(weight=weight, normalize_weights=normalize)
-    base, models = models[0], models[1:]
+    center, models = models[0], models[1:]
+    base = center if has_base else None
     try:
-        if has_base:
-            expected = base + direct.multislerp(weight, models - base, normalize=normalize)
-        else:
-            expected = direct.multislerp(weight, models, normalize=normalize)
+        expected = by_definition("multislerp", models, base, weight=weight, normalize_weights=normalize)
     except ValueError:
         assume(False)
-    sizes = [max(1.0, weight.sum()) * vector for vector in (base, *models)]
-    # The definition subtracts what is nearly equal, and has 1e-8 / ‖τ‖ of eps to divide by.
-    assume(not has_base or spread != 1e-7)
-    assert_close(merged(method, models, base if has_base else None), expected, *sizes)
+    sizes = [max(1.0, weight.sum()) * vector for vector in (center, *models)]
+    assert_close(merged(method, models, base), expected, *sizes)
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 def test_multislerp_eps(eps):
     models = models_of(5, 3, 20, 0.5)
     weight = np.array([1.0, 2.0, 0.5])
-    expected = direct.multislerp(weight, models, eps=eps or 1e-300)
+    expected = by_definition("multislerp", models, weight=weight, eps=eps or 1e-300)
     assert_close(merged(MultiSlerp(weight=weight, eps=eps), models), expected)
 
 
@@ -156,11 +158,13 @@ def test_multislerp_of_one_model_is_the_model():
 def test_multislerp_of_opposite_vectors():
     direction = np.array([0.6, -0.8])
     two = np.array([2.0, -3.0])[:, None] * direction
-    np.testing.assert_allclose(merged(MultiSlerp(weight=(1, 1)), two), direct.multislerp(np.ones(2), two), rtol=1e-13)
+    np.testing.assert_allclose(
+        merged(MultiSlerp(weight=(1, 1)), two), by_definition("multislerp", two, weight=1), rtol=1e-13
+    )
     noisy = two @ two.T + 6 * 1e-7 * (1 - np.eye(2))
     assert MultiSlerp().solve(noisy, False).tolist() == [0.5, 0.5]
     # With other weights a direction is left.
-    expected = direct.multislerp(np.array([3.0, 1.0]), two)
+    expected = by_definition("multislerp", two, weight=(3, 1))
     assert_close(merged(MultiSlerp(weight=(3, 1)), two), expected, two[1])
     three = np.array([[1.0, 0], [-0.5, np.sqrt(0.75)], [-0.5, -np.sqrt(0.75)]])
     with pytest.raises(DataError, match="multislerp: the weighted directions of the models add up to 0"):
@@ -176,7 +180,7 @@ def test_multislerp_of_vectors_that_are_all_zero_is_zero(num_models):
 
 def test_multislerp_with_one_zero_vector():
     models = np.array([[0.0, 0, 0], [1, 2, 2], [4, 0, 3]])
-    assert_close(merged(MultiSlerp(weight=(1, 2, 3)), models), direct.multislerp(np.array([1.0, 2, 3]), models))
+    assert_close(merged(MultiSlerp(weight=(1, 2, 3)), models), by_definition("multislerp", models, weight=(1, 2, 3)))
 
 
 @given(seed=seeds, num_models=st.integers(1, 6), numel=st.integers(3, 60), spread=spreads, max_iter=st.integers(0, 12))
@@ -188,19 +192,19 @@ def test_karcher(seed, num_models, numel, spread, max_iter):
     except DataError:
         assume(False)
     # The definition leaves out a model within tol of the mean; whether a step is shorter than tol, rounding decides.
-    assert_close(found, direct.karcher(models, max_iter=max_iter), *models, tolerance=1e-5)
+    assert_close(found, by_definition("karcher", models, max_iter=max_iter), *models, tolerance=1e-5)
 
 
 @given(seed=seeds, num_models=st.integers(2, 6), numel=st.integers(10, 60), spread=st.sampled_from([0.01, 0.1, 0.3]))
 def test_karcher_to_the_last_digits(seed, num_models, numel, spread):
     models = models_of(seed, num_models, numel, spread)
     found = merged(Karcher(tol=1e-12, max_iter=60), models)
-    assert_close(found, direct.karcher(models, tol=1e-12, max_iter=60), *models)
+    assert_close(found, by_definition("karcher", models, tol=1e-12, max_iter=60), *models)
     units = models / np.linalg.norm(models, axis=1, keepdims=True)
-    mean = found / direct.norm(found)
+    mean = found / norm(found)
     cosines = units @ mean
     pulls = np.arccos(np.clip(cosines, -1, 1)) / np.sqrt(1 - cosines**2) @ (units - cosines[:, None] * mean)
-    assert direct.norm(pulls) < 1e-6  # the mean is where the directions to the models cancel
+    assert norm(pulls) < 1e-6  # the mean is where the directions to the models cancel
 
 
 def test_karcher_of_two_models_is_halfway():
@@ -210,7 +214,7 @@ def test_karcher_of_two_models_is_halfway():
 
 def test_karcher_leaves_short_models_out_of_the_direction():
     models = np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 9e-6]])
-    assert_close(merged(Karcher(), models), direct.karcher(models))
+    assert_close(merged(Karcher(), models), by_definition("karcher", models))
     assert_close(merged(Karcher(), models[:2]), models[0] / 2)
     assert merged(Karcher(), models[1:]).tolist() == [0, 0, 0]
     assert merged(Karcher(), models[1:] * 1e6).tolist() == pytest.approx([0, 0, 4.5])
@@ -219,7 +223,7 @@ def test_karcher_leaves_short_models_out_of_the_direction():
 
 def test_karcher_of_directions_that_cancel():
     three = np.array([[1.0, 0], [-0.5, np.sqrt(0.75)], [-0.5, -np.sqrt(0.75)]])
-    assert_close(merged(Karcher(), three), direct.karcher(three))
+    assert_close(merged(Karcher(), three), by_definition("karcher", three))
     with pytest.raises(DataError, match="karcher: a model points in the direction opposite to the mean"):
         merged(Karcher(), np.array([[1.0, 2.0], [-2.0, -4.0]]))
 
@@ -227,7 +231,7 @@ def test_karcher_of_directions_that_cancel():
 @pytest.mark.parametrize("tol", [0.0, 0.5])
 def test_karcher_with_other_tolerances(tol):
     models = models_of(2, 3, 30, 0.2)
-    exact = direct.karcher(models, tol=1e-14, max_iter=100)
+    exact = by_definition("karcher", models, tol=1e-14, max_iter=100)
     assert_close(merged(Karcher(tol=tol, max_iter=100), models), exact, tolerance=max(tol, ROUNDING))
     assert merged(Karcher(tol=0), np.ones((2, 5))).tolist() == pytest.approx([1] * 5)
 
@@ -235,8 +239,8 @@ def test_karcher_with_other_tolerances(tol):
 @given(seed=seeds, num_models=st.integers(2, 6), numel=numels, spread=spreads)
 def test_model_stock(seed, num_models, numel, spread):
     base, *models = models_of(seed, 1 + num_models, numel, spread)
-    models = np.array(models)
-    assert_close(merged(ModelStock(), models, base), direct.model_stock(base, models), *models, tolerance=1e-7)
+    expected = by_definition("model_stock", models, base)
+    assert_close(merged(ModelStock(), np.array(models), base), expected, *models, tolerance=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +293,33 @@ def test_rows_are_solved_as_one_by_one(name, has_base):
     assert method.solve_rows(grams[:0], has_base).shape == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "num_models"),
+    [
+        ("slerp", {"t": 0.3}, 1),
+        ("karcher", {}, 3),
+        ("multislerp", {"weight": (1, 2, 0.5)}, 3),
+        ("nuslerp", {"weight": (1, 2)}, 2),
+        ("nuslerp", {"weight": (1, 2), "nuslerp_flatten": False}, 2),
+        ("nuslerp", {"weight": (1, 2), "nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
+        ("model_stock", {}, 3),
+        ("model_stock", {"filter_wise": True}, 3),
+        ("passthrough", {"scale": 0.5}, 1),
+    ],
+)
+@pytest.mark.parametrize("shape", [(30,), (6, 5), (1, 5), (6, 1), (3, 2, 5), (2, 3, 2, 2)])
+def test_through_the_whole_merge(name, parameters, num_models, shape):
+    """Rows are of the last dimension, columns of the first, and a vector is one of either; in float64."""
+    rng = np.random.default_rng(len(shape))
+    base = rng.normal(size=shape)
+    models = [base + 0.3 * rng.normal(size=shape) for _ in range(num_models)]
+    result = merge_state_dicts(
+        {"tensor": base}, [{"tensor": model} for model in models], method=name, parameters=parameters
+    )
+    own_base = base if METHODS[name].base != "ignored" else None
+    assert_close(result["tensor"], by_definition(name, models, own_base, **parameters), base)
+
+
 NOISE = 3e-7
 """Relative error of a Gram matrix; the kernels' is 1.5e-7 in fp32 and up to 5e-7 in bf16."""
 
@@ -322,7 +353,7 @@ def test_errors_of_the_gram_matrix_are_not_amplified(name, num_models, spread):
         found = method.solve(noisy, has_base)
         np.testing.assert_allclose(found, exact, atol=2 * NOISE)
         # Model space: the sum of the coefficients decides the length, their differences the way between the models.
-        assert direct.norm((found - exact) @ vectors) <= 2 * NOISE * num_models * direct.norm(center)
+        assert norm((found - exact) @ vectors) <= 2 * NOISE * num_models * norm(center)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +387,7 @@ def test_weights_that_cancel_may_be_used_as_they_are():
     method = MultiSlerp(weight=(1, -1), normalize_weights=False)
     method.check_num_models(2)
     vectors = np.array([[3.0, 0.0], [0.0, 1.0]])
-    assert_close(merged(method, vectors), direct.multislerp(np.array([1.0, -1.0]), vectors, normalize=False))
+    assert_close(merged(method, vectors), by_definition("multislerp", vectors, weight=(1, -1), normalize_weights=False))
 
 
 @pytest.mark.parametrize(

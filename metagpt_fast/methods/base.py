@@ -84,7 +84,10 @@ class Method(ABC):
 
     @property
     def axis(self) -> Axis | None:
-        """Return whether coefficients are solved for each row, or column, of a matrix, and not for whole tensors."""
+        """Return whether coefficients are solved for each row, or column, of a matrix, and not for whole tensors.
+
+        A row is what the last dimension runs through, a column what the first one does; a vector is one of either.
+        """
         return None
 
     def __post_init__(self) -> None:

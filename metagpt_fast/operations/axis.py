@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class AxisOperation(LinearOperation):
     """Rows and columns; tensors whose method has no axis are combined as wholes.
 
-    A row is a tensor of its own for the kernels. Columns have kernels of their own.
+    A row, along the last dimension, is a tensor of its own for the kernels. Columns, along the first dimension, have
+    kernels of their own, which see the tensor as a matrix with all other dimensions in one.
     """
 
     is_cuttable = False
@@ -75,7 +76,7 @@ class AxisOperation(LinearOperation):
                 continue
             coefficients = [self._lines.pop(number) for number in chosen]
             if axis == "column":
-                columns = np.array([self._rows[number].num_columns for number in chosen], np.int64)
+                columns = np.array([self._rows[number].num_fibers for number in chosen], np.int64)
                 counts[members] = self._backend.column_merge(part, columns, coefficients, part_out)
                 continue
             facts = [self._rows[number] for number in chosen]
@@ -97,7 +98,7 @@ class AxisOperation(LinearOperation):
     def _line_grams(self, axis: str, layer: LayerTable, rows: Sequence[int]) -> list[FloatArray]:
         facts = [self._rows[number] for number in rows]
         if axis == "column":
-            return self._backend.column_gram(layer, np.array([row.num_columns for row in facts], np.int64))
+            return self._backend.column_gram(layer, np.array([row.num_fibers for row in facts], np.int64))
         lines = _lines_of(layer, facts)
         gram = np.zeros((lines.num_tensors, layer.num_operands, layer.num_operands))
         self._backend.layer_gram(lines, gram)

@@ -54,6 +54,11 @@ class Row:
         """Return the number of rows."""
         return math.prod(self.shape[:-1])
 
+    @property
+    def num_fibers(self) -> int:
+        """Return the number of vectors along the first dimension: a matrix's columns; a vector is one."""
+        return math.prod(self.shape[1:])
+
 
 class Operation(ABC):
     """Measures, solves and combines; keeps what it measured by row.
