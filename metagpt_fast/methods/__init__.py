@@ -14,13 +14,19 @@ from typing import Any
 from ..errors import RecipeError
 from .arcee_fusion import ArceeFusion
 from .base import Method
+from .karcher import Karcher
 from .linear import Linear
 from .metagpt import MetaGPT
+from .model_stock import ModelStock
+from .multislerp import MultiSlerp
 from .nearswap import NearSwap
+from .nuslerp import NuSlerp
 from .parameters import ParameterSpec
+from .passthrough import Passthrough
 from .pruning import Breadcrumbs, BreadcrumbsTies, DareLinear, DareTies, Della, DellaLinear, Ties
 from .ram import RAM, RAMPlus
 from .sce import SCE
+from .slerp import Slerp
 from .sparse import SparseMethod
 from .task_arithmetic import TaskArithmetic
 
@@ -32,6 +38,12 @@ METHODS: dict[str, type[Method]] = {
         MetaGPT,
         TaskArithmetic,
         Linear,
+        Slerp,
+        NuSlerp,
+        MultiSlerp,
+        Karcher,
+        ModelStock,
+        Passthrough,
         Ties,
         DareLinear,
         DareTies,

@@ -36,7 +36,8 @@ class Method(ABC):
             one, else models are combined (recipes only; the command always has one). ``model``: it is one more model,
             the first of them. ``ignored``: it gives config and tokenizer only.
         granularity: over what coefficients are solved unless the user says otherwise: ``model``, ``layer``, ``tensor``.
-        num_models: how many models the method takes: (least, most), most None without a limit.
+        num_models: how many models the method takes: (least, most), most None without a limit. Where ``base`` is
+            ``model``, the base is counted.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,21 @@ class Method(ABC):
                 vectors to a base, else float64 ``[T, T]`` of the models; zeros where ``needs_measurement`` is False.
             has_base: which of the two it is.
         """
+
+    def solve_rows(self, grams: FloatArray, has_base: bool) -> FloatArray:
+        """Return the coefficients of R scopes, float64 ``[R, T]``: of each row or column, for a method with an axis.
+
+        A matrix has thousands of rows: methods with an axis should override this with array operations.
+
+        Args:
+            grams: their Gram matrices, float64 ``[R, V, V]``, each as for :meth:`solve`.
+            has_base: as for :meth:`solve`.
+        """
+        import numpy as np
+
+        num_models = grams.shape[1] - (1 if has_base else 0)
+        solved = [self.solve(gram, has_base) for gram in grams]
+        return np.array(solved, np.float64).reshape(len(grams), num_models)
 
     @property
     def uses_measurement(self) -> bool:
