@@ -271,6 +271,7 @@ def test_sources_of_one_slice_are_merged_with_the_base_of_the_slice(tmp_path):
     ("text", "line", "says"),
     [
         (slices(("a", 0, 2), ("a", 3, 5)), 5, ["got [3, 5]", "layers from 0 to 4, the number of layers of a"]),
+        (slices(*[("a", 0, 4)] * 2501), 3, ["too many layers", "got 10004"]),
         (slices(("a", 0, 10**30)), 4, ["number of layers of a"]),
     ],
 )
