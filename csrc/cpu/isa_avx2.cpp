@@ -23,8 +23,8 @@ namespace {
 //
 #include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"avx2",      gram_span,      merge_span,       row_max,
-                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
+constexpr KernelTable kTable{"avx2",         gram_span,        merge_span,        row_max,       row_exp_sum,
+                             row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
 }  // namespace
 }  // namespace metagpt_fast::cpu
 #if defined(__clang__)

@@ -17,8 +17,8 @@ namespace {
 //
 #include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"neon",      gram_span,      merge_span,       row_max,
-                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
+constexpr KernelTable kTable{"neon",         gram_span,        merge_span,        row_max,       row_exp_sum,
+                             row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
 }  // namespace
 }  // namespace metagpt_fast::cpu
 

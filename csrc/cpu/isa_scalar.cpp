@@ -14,8 +14,8 @@ namespace {
 //
 #include "sparse_kernels-inl.h"
 
-constexpr KernelTable kTable{"scalar",    gram_span,      merge_span,       row_max,
-                             row_exp_sum, row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
+constexpr KernelTable kTable{"scalar",       gram_span,        merge_span,        row_max,       row_exp_sum,
+                             row_divergence, column_gram_rows, column_merge_span, kSparseKernels};
 }  // namespace
 
 const KernelTable* scalar_kernels() { return &kTable; }

@@ -97,7 +97,7 @@ class Selector {
 
  private:
   struct Wanted {
-    std::size_t key;    // which of an element's keys
+    std::size_t key;  // which of an element's keys
     std::size_t rank;
     std::size_t entry;  // where the result goes
     Bracket bracket;
@@ -165,23 +165,23 @@ class Selector {
     // Collecting ends where it would take too much memory; counting goes on.
     const std::size_t most_per_span = kMaxCandidates / spans_.size() * 4 + kBlockNumel;
     const SparseKernels& kernel = kernels().sparse;
-    for_each_block(which, [&](std::size_t s, std::size_t j, std::size_t done, const std::uint32_t* keys, std::size_t n,
-                              int) {
-      std::uint32_t found_keys[kBlockNumel + 16];
-      std::uint32_t found_positions[kBlockNumel + 16];
-      for (std::size_t w = 0; w < wanted.size(); ++w) {
-        if (wanted[w].key != j) continue;
-        Candidates& mine = candidates[w][s];
-        const bool collects = wanted[w].collects && mine.keys.size() < most_per_span;
-        const std::size_t count =
-            kernel.scan_keys(keys, n, wanted[w].bracket.low, wanted[w].bracket.high, static_cast<std::uint32_t>(done),
-                             mine.above, collects ? found_keys : nullptr, found_positions);
-        mine.inside += count;
-        if (!collects) continue;
-        mine.keys.insert(mine.keys.end(), found_keys, found_keys + count);
-        mine.positions.insert(mine.positions.end(), found_positions, found_positions + count);
-      }
-    });
+    for_each_block(
+        which, [&](std::size_t s, std::size_t j, std::size_t done, const std::uint32_t* keys, std::size_t n, int) {
+          std::uint32_t found_keys[kBlockNumel + 16];
+          std::uint32_t found_positions[kBlockNumel + 16];
+          for (std::size_t w = 0; w < wanted.size(); ++w) {
+            if (wanted[w].key != j) continue;
+            Candidates& mine = candidates[w][s];
+            const bool collects = wanted[w].collects && mine.keys.size() < most_per_span;
+            const std::size_t count = kernel.scan_keys(keys, n, wanted[w].bracket.low, wanted[w].bracket.high,
+                                                       static_cast<std::uint32_t>(done), mine.above,
+                                                       collects ? found_keys : nullptr, found_positions);
+            mine.inside += count;
+            if (!collects) continue;
+            mine.keys.insert(mine.keys.end(), found_keys, found_keys + count);
+            mine.positions.insert(mine.positions.end(), found_positions, found_positions + count);
+          }
+        });
     return candidates;
   }
 
@@ -199,8 +199,8 @@ class Selector {
     return select(candidates, spans_, wanted.rank - above);
   }
 
-  // Exact without a bracket: the bin of the upper bits, then either its few candidates, or the key by the lower bits and
-  // the span that holds the element.
+  // Exact without a bracket: the bin of the upper bits, then either its few candidates, or the key by the lower bits
+  // and the span that holds the element.
   Found by_counting(Wanted wanted) {
     std::uint64_t above = 0;
     const std::size_t bin = find_bin(wanted, kLowBits, 0, above);

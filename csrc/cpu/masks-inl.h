@@ -7,7 +7,9 @@ MF_NOINLINE void band_mask(const std::uint32_t* keys, std::size_t first, std::si
                            std::uint32_t* mask) {
   // Keys are at most kNanKey: ends above 2^31 are above all of them, and signed comparisons do. Ends' indices count
   // from the first element of the chunk.
-  const auto key_end = [](std::uint32_t key) { return static_cast<std::int32_t>(key < 0x7fffffffu ? key : 0x7fffffffu); };
+  const auto key_end = [](std::uint32_t key) {
+    return static_cast<std::int32_t>(key < 0x7fffffffu ? key : 0x7fffffffu);
+  };
   const auto index_end = [first, n](std::int64_t index) {
     const std::int64_t relative = index - static_cast<std::int64_t>(first);
     const auto last = static_cast<std::int64_t>(n);

@@ -100,8 +100,9 @@ struct SparseKernels {
   std::size_t (*elect)(const SparseRun& run, const ElectionRule& rule, const SparseRows& rows, std::byte* out,
                        DType out_dtype);
 
-  // Returns how many of keys[0 .. n) are in [low, high], both below 2^31, and adds to `above` how many are larger. Where
-  // found_keys is not null they are written to it, and first_position + e to found_positions; room for n + 8 in both.
+  // Returns how many of keys[0 .. n) are in [low, high], both below 2^31, and adds to `above` how many are larger.
+  // Where found_keys is not null they are written to it, and first_position + e to found_positions; room for n + 8 in
+  // both.
   std::size_t (*scan_keys)(const std::uint32_t* keys, std::size_t n, std::uint32_t low, std::uint32_t high,
                            std::uint32_t first_position, std::uint64_t& above, std::uint32_t* found_keys,
                            std::uint32_t* found_positions);

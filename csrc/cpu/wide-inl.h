@@ -1,6 +1,6 @@
-// Eight elements at a time in the compiler's own vectors, which every instruction set carries in as many registers as it
-// needs; see vector_loops-inl.h for how this text is used. Each operation is IEEE's, element by element, so the bits are
-// the same on all of them.
+// Eight elements at a time in the compiler's own vectors, which every instruction set carries in as many registers as
+// it needs; see vector_loops-inl.h for how this text is used. Each operation is IEEE's, element by element, so the bits
+// are the same on all of them.
 
 #define MF_WIDE(type, bytes) typedef type __attribute__((vector_size(bytes)))
 MF_WIDE(float, 32) F32x8;
