@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .errors import RecipeError, suggestion
 from .methods import METHODS, Method, find_method
 from .recipe_file import RecipeFile
-from .recipe_tensors import RecipeTensor
+from .recipe_tensors import RecipeInput, RecipeTensor
 from .untrusted import brief
 
 
@@ -29,24 +31,38 @@ class MethodMaker:
         self._fields = {name: spec.field for name, spec in method.specs().items()}
         self._made: dict[tuple[object, ...], Method] = {}
 
-    def method_of(self, tensor: RecipeTensor) -> Method:
-        """Return the method with a tensor's parameters: per model one value for all if they agree, else one for each.
+    @property
+    def made(self) -> tuple[Method, ...]:
+        """Return every method that was made."""
+        return tuple(self._made.values())
+
+    def method_of(self, tensor: RecipeTensor, models: Sequence[RecipeInput]) -> Method:
+        """Return the method with a tensor's parameters.
+
+        Args:
+            tensor: the tensor.
+            models: those of its inputs that are combined, in order. Their own values become one value if they agree,
+                else one each.
 
         Raises:
-            RecipeError: values that each may be do not go together.
+            RecipeError: values that each may be do not go together, or the method does not take as many models.
         """
-        own = [each.parameters for each in tensor.inputs if each.parameters]
         values: dict[str, object] = {self._fields[name]: value for name, value in tensor.parameters.items()}
-        for name in own[0] if own else ():
-            per_model = tuple(parameters[name] for parameters in own)
-            values[self._fields[name]] = per_model[:1] if len(set(per_model)) == 1 else per_model
-        key = tuple(values.items())
+        for name in models[0].parameters:
+            own = tuple(each.parameters[name] for each in models)
+            values[self._fields[name]] = own[:1] if len(set(own)) == 1 else own
+        key = (len(models), *values.items())
         if key not in self._made:
             try:
-                self._made[key] = self._method(**values)
+                method = self._method(**values)
+                method.check_num_models(len(models))
             except RecipeError as error:
-                where = f"{self._recipe.where_of('parameters')}, tensor {brief(tensor.name)}, {error.where}"
                 raise RecipeError(
-                    error.what, where=where, got=error.got, expected=error.expected, hint=error.hint
+                    error.what,
+                    where=f"{self._recipe.where_of('merge_method')}, tensor {brief(tensor.name)}: {error.where}",
+                    got=error.got,
+                    expected=error.expected,
+                    hint=error.hint,
                 ) from error
+            self._made[key] = method
         return self._made[key]

@@ -9,11 +9,12 @@ from pathlib import Path
 from .checkpoint import Checkpoint, open_checkpoint
 from .dtypes import is_integer
 from .errors import PlanError, RecipeError
-from .methods import METHODS, Method, find_method
+from .methods import METHODS, Method
 from .plan import Buffer, MergePlan, TensorPlan, layer_of, sort_by_layer
 from .plan_checks import check_mergeable, shape_mismatch, unique_labels
 from .recipe import Recipe, check_granularity
 from .recipe_file import RecipeFile, load_recipe
+from .recipe_methods import MethodMaker, find_recipe_method
 from .recipe_tensors import RecipeInput, RecipeTensor, RecipeTensors, resolve_tensors
 
 # What makes text into tokens; equal files mean equal tokens.
@@ -30,12 +31,7 @@ def plan_recipe(path: str | Path) -> MergePlan:
         PlanError: the inputs do not fit each other.
     """
     recipe = load_recipe(path, {name for cls in METHODS.values() for name in cls.specs()})
-    try:
-        method = find_method(recipe.merge_method)
-    except RecipeError as error:
-        raise RecipeError(
-            error.what, where=recipe.where_of("merge_method"), got=error.got, expected=error.expected, hint=error.hint
-        ) from error
+    method = find_recipe_method(recipe)
     checkpoints = [open_checkpoint(model) for model in recipe.models]
     if recipe.wants_base_tokenizer:
         _check_tokenizers(recipe, checkpoints)
@@ -50,7 +46,7 @@ class _Planner:
         self._method = method
         self._checkpoints = checkpoints
         self._resolved = resolved
-        self._made: dict[object, Method] = {}
+        self._maker = MethodMaker(recipe, method)
 
     def plan(self) -> MergePlan:
         tensors: list[TensorPlan] = []
@@ -125,28 +121,12 @@ class _Planner:
             models=tuple(each.source for each in models),
             out_dtype=self._recipe.out_dtype or self._recipe.dtype or first.dtype,
             action="merge",
-            method=self._make(tensor, models),
+            method=self._maker.method_of(tensor, models),
             columns=tuple(self._columns.index(each.model) for each in models),
         )
 
-    def _make(self, tensor: RecipeTensor, models: Sequence[RecipeInput]) -> Method:
-        """Return the method with the tensor's parameters; equal ones are one object."""
-        fields = {}
-        for name, spec in self._method.specs().items():
-            if spec.per_model:
-                if all(name in each.parameters for each in models):
-                    fields[spec.field] = tuple(each.parameters[name] for each in models)
-            elif name in tensor.parameters:
-                fields[spec.field] = tensor.parameters[name]
-        key = (len(models), *fields.items())
-        if key not in self._made:
-            method = self._method(**fields)
-            method.check_num_models(len(models))
-            self._made[key] = method
-        return self._made[key]
-
     def _granularity(self) -> str:
-        wanted = {check_granularity(method, self._recipe.granularity) for method in self._made.values()}
+        wanted = {check_granularity(method, self._recipe.granularity) for method in self._maker.made}
         # Methods whose parameters differ by tensor may differ in what they need: the widest scope has them all.
         return next(each for each in ("model", "layer", "tensor") if each in wanted)
 

@@ -21,6 +21,8 @@ from .recipe_file import RecipeFile, RecipeSlice, RecipeSource, all_settings
 from .recipe_parameters import ParameterResolver, Values, layer_fraction, with_coefficients
 from .untrusted import brief
 
+MAX_NUM_LAYERS = 10_000
+
 # The tensors of each layer of a model, by what follows the layer's number in their names.
 Layers = dict[int, dict[str, TensorSource]]
 
@@ -128,6 +130,7 @@ class _Resolver:
             stack, parts = self._stack()
             for each in self._slices:
                 self._check_ranges(each, parts)
+            self._check_num_layers()
             layers = tuple(self._layers())
             tensors = tuple(self._sliced(stack, parts))
             self._check_nothing_lost(tensors)
@@ -211,6 +214,13 @@ class _Resolver:
                 expected="layers numbered from 0 without a gap",
                 hint=f"the recipe takes layers of it in {self._recipe.where(source.line)}",
             )
+
+    def _check_num_layers(self) -> None:
+        """Raise RecipeError for more layers than any model has: a short recipe can ask for billions of tensors."""
+        num_layers = sum(end - first for first, end in (_range(each.sources[0]) for each in self._slices))
+        if num_layers > MAX_NUM_LAYERS:
+            where = self._recipe.where_of("slices")
+            raise RecipeError("too many layers", where=where, got=num_layers, expected=f"at most {MAX_NUM_LAYERS}")
 
     def _layers(self) -> Iterator[LayerOrigin]:
         for each in self._slices:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metagpt_fast import _native
+from metagpt_fast.backends.cpu import CpuBackend
+from metagpt_fast.backends.tables import LayerTable, output_table
 from metagpt_fast.dtypes import DType
 
 from .arrays import GUARD_NBYTES, POISON, FloatArray, Raw
@@ -81,6 +83,42 @@ def merge(
 def count_nonfinite(layer: BufferLayer, has_base: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the number of non-finite elements of each operand, and the index of the first."""
     return _native.layer_nonfinite(*_tables(layer), has_base)
+
+
+def row_divergence(layer: BufferLayer, columns: Sequence[int]) -> list[FloatArray]:
+    """Return the divergence of every row."""
+    return CpuBackend().layer_row_divergence(layer_table_of(layer), np.array(columns, dtype=np.int64))
+
+
+def column_gram(
+    layer: BufferLayer, columns: Sequence[int], has_base: bool = True, *, into: list[FloatArray] | None = None
+) -> list[FloatArray]:
+    """Return the Gram matrices of every column, added to ``into`` if that is given."""
+    return CpuBackend().column_gram(layer_table_of(layer, has_base), np.array(columns, dtype=np.int64), into)
+
+
+def column_merge(
+    layer: BufferLayer,
+    columns: Sequence[int],
+    coefficients: Sequence[FloatArray],
+    out: Sequence[HasAddress],
+    has_base: bool = True,
+) -> NDArray[np.int64]:
+    """Write the merged tensors into ``out`` and return how many elements of each are not finite."""
+    places = output_table([(buffer.address, buffer.descriptor, dtype_code(buffer)) for buffer in out])
+    table = layer_table_of(layer, has_base)
+    return CpuBackend().column_merge(table, np.array(columns, dtype=np.int64), coefficients, places)
+
+
+def dtype_code(buffer: HasAddress) -> int:
+    """Return the code that the kernels know the dtype by."""
+    assert buffer.dtype.code is not None
+    return buffer.dtype.code
+
+
+def layer_table_of(layer: BufferLayer, has_base: bool = True) -> LayerTable:
+    """Return the table that a backend takes."""
+    return LayerTable(*_tables(layer), has_base)
 
 
 def _tables(

@@ -271,6 +271,7 @@ def test_sources_of_one_slice_are_merged_with_the_base_of_the_slice(tmp_path):
     ("text", "line", "says"),
     [
         (slices(("a", 0, 2), ("a", 3, 5)), 5, ["got [3, 5]", "layers from 0 to 4, the number of layers of a"]),
+        (slices(*[("a", 0, 4)] * 2501), 3, ["too many layers", "got 10004"]),
         (slices(("a", 0, 10**30)), 4, ["number of layers of a"]),
     ],
 )
@@ -359,11 +360,12 @@ parameters: {lambda: 0.5}
     cls = find_recipe_method(recipe)
     assert cls is METHODS["task_arithmetic"]
     maker = MethodMaker(recipe, cls)
-    made = {tensor.name: maker.method_of(tensor) for tensor in resolve(tmp_path, text, NAMES, cls).tensors}
+    tensors = resolve(tmp_path, text, NAMES, cls).tensors
+    made = {tensor.name: maker.method_of(tensor, tensor.inputs[:2]) for tensor in tensors}
     assert {method.weight for name, method in made.items() if "mlp" in name} == {(1.0,)}
     assert {method.weight for name, method in made.items() if "mlp" not in name} == {(2.0, 1.0)}
     assert {method.lambda_ for method in made.values()} == {0.5}
-    assert len({id(method) for method in made.values()}) == 2
+    assert len({id(method) for method in made.values()}) == len(maker.made) == 2
 
 
 def test_an_unknown_method(tmp_path):
@@ -371,6 +373,24 @@ def test_an_unknown_method(tmp_path):
         find_recipe_method(load(tmp_path, "merge_method: linaer\nmodels: [{model: a}]"))
     assert caught.value.where == "recipe.yaml:1"
     assert caught.value.hint == "did you mean linear?"
+
+
+def test_computed_weights_of_several_models(tmp_path):
+    """Defaults of each model are one default, which MetaGPT's coefficients may replace."""
+    text = "merge_method: ties\nbase_model: base\nmodels: [{model: a}, {model: b}]\ncoefficients: metagpt\n"
+    recipe = load(tmp_path, text)
+    tensor = resolve(tmp_path, text, NAMES, METHODS["ties"]).tensors[0]
+    method = MethodMaker(recipe, METHODS["ties"]).method_of(tensor, tensor.inputs[:2])
+    assert method.parameters()["coefficients"] == "metagpt"
+
+
+def test_a_number_of_models_that_the_method_does_not_take(tmp_path):
+    text = "merge_method: nearswap\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {t: 1}"
+    recipe = load(tmp_path, text)
+    tensor = resolve(tmp_path, text, NAMES, METHODS["nearswap"]).tensors[0]
+    with pytest.raises(RecipeError, match="number of models") as caught:
+        MethodMaker(recipe, METHODS["nearswap"]).method_of(tensor, tensor.inputs[:2])
+    assert caught.value.where.startswith("recipe.yaml:1, tensor")
 
 
 @dataclass(frozen=True)
@@ -389,8 +409,8 @@ def test_values_that_do_not_go_together_name_the_tensor(tmp_path):
     recipe = load(tmp_path, text)
     tensor = resolve(tmp_path, text, NAMES, Pair).tensors[0]
     with pytest.raises(RecipeError) as caught:
-        MethodMaker(recipe, Pair).method_of(tensor)
-    assert caught.value.where == "recipe.yaml:2, tensor 'lm_head.weight', pair.steps"
+        MethodMaker(recipe, Pair).method_of(tensor, tensor.inputs)
+    assert caught.value.where == "recipe.yaml:1, tensor 'lm_head.weight': pair.steps"
 
 
 def test_real_checkpoints(tmp_path):

@@ -25,6 +25,25 @@ GRAM_RANDOM = 1e-6
 # = 5e-13 in a block and about as much across blocks; random signs leave far less.
 GRAM_F64 = 1e-12
 
+# layer_row_divergence. p and q are each wrong by a few roundings: |t| 2^-53 from the argument of exp (|t| <= 20
+# matters, below that the 1e-8 covers it), 1.5 units each from exp, scaling and adding 1e-8. A relative error h of p or
+# q changes the sum of the terms p log(p/q) − p + q by at most h Σ p |log(p/q)| + h Σ |p − q|, which is below
+# h (KL + 2 sqrt(2 KL)) (Pinsker), and by h² where both rows are equal. The terms themselves are right to 1e-14.
+DIVERGENCE_NOISE = 2.0**-49  # weights, |t| < 1
+DIVERGENCE_NOISE_WIDE = 2.0**-47
+
+# The reference sums terms of either sign in long double; on x86 it has 64 bits.
+LONG_DOUBLE = float(np.finfo(np.longdouble).eps)
+
+
+def divergence_bound(
+    expected: NDArray[np.float64], noise: float = DIVERGENCE_NOISE, reference: float = 64 * LONG_DOUBLE
+) -> NDArray[np.float64]:
+    """Return how far a divergence may be from the expected one, which is itself right to ``reference``."""
+    true = np.abs(expected) + reference
+    bound: NDArray[np.float64] = noise * np.sqrt(2 * true) + 1e-14 * true + noise**2 + reference
+    return bound
+
 
 def gram_scale(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return sqrt(G_ii G_jj), what errors are relative to; roots first, as the products may overflow."""

@@ -14,17 +14,13 @@ MF_INLINE double exp_nonpositive(double t) {
   const double k = shifted - kRoundToInteger;
   double r = __builtin_fma(-k, 0x1.62e42fee00000p-1, x);  // exact: this part of ln 2 has 33 bits
   r = __builtin_fma(-k, 0x1.a39ef35793c76p-33, r);
-  double p = 0x1.af38a9b0ec855p-26;
-  p = __builtin_fma(p, r, 0x1.289185613a3d6p-22);
-  p = __builtin_fma(p, r, 0x1.71de0dae63bb3p-19);
-  p = __builtin_fma(p, r, 0x1.a019b90d2ae7ap-16);
-  p = __builtin_fma(p, r, 0x1.a01a01a7c41d5p-13);
-  p = __builtin_fma(p, r, 0x1.6c16c1788bd90p-10);
-  p = __builtin_fma(p, r, 0x1.11111111109b3p-7);
-  p = __builtin_fma(p, r, 0x1.5555555553d63p-5);
-  p = __builtin_fma(p, r, 0x1.5555555555556p-3);
-  p = __builtin_fma(p, r, 0x1.0000000000001p-1);
-  const double e = 1.0 + __builtin_fma(r * r, p, r);
+  const double r2 = r * r;
+  double p = __builtin_fma(0x1.af38a9b0ec855p-26, r, 0x1.289185613a3d6p-22);
+  p = __builtin_fma(p, r2, __builtin_fma(0x1.71de0dae63bb3p-19, r, 0x1.a019b90d2ae7ap-16));
+  p = __builtin_fma(p, r2, __builtin_fma(0x1.a01a01a7c41d5p-13, r, 0x1.6c16c1788bd90p-10));
+  p = __builtin_fma(p, r2, __builtin_fma(0x1.11111111109b3p-7, r, 0x1.5555555553d63p-5));
+  p = __builtin_fma(p, r2, __builtin_fma(0x1.5555555555556p-3, r, 0x1.0000000000001p-1));
+  const double e = 1.0 + __builtin_fma(r2, p, r);
   return e * double_from((bits_of(shifted) << 52) + 0x3ff0000000000000u);  // times 2^k
 }
 
@@ -41,13 +37,10 @@ MF_INLINE double divergence_term(double p, double q) {
   const double difference = scaled - p;
   const double s = difference / (scaled + p);
   const double z = s * s;
-  double r = 0x1.35b7a24a78d09p-3;
-  r = __builtin_fma(r, z, 0x1.3900103513b4fp-3);
-  r = __builtin_fma(r, z, 0x1.746bd59d469acp-3);
-  r = __builtin_fma(r, z, 0x1.c71c3c54e25f9p-3);
-  r = __builtin_fma(r, z, 0x1.2492495291fc2p-2);
-  r = __builtin_fma(r, z, 0x1.999999997bf6bp-2);
-  r = __builtin_fma(r, z, 0x1.555555555556ep-1);
+  const double z2 = z * z;
+  double r = __builtin_fma(0x1.35b7a24a78d09p-3, z2, __builtin_fma(0x1.3900103513b4fp-3, z, 0x1.746bd59d469acp-3));
+  r = __builtin_fma(r, z2, __builtin_fma(0x1.c71c3c54e25f9p-3, z, 0x1.2492495291fc2p-2));
+  r = __builtin_fma(r, z2, __builtin_fma(0x1.999999997bf6bp-2, z, 0x1.555555555556ep-1));
   const double rest = __builtin_fma(p * -k, 0x1.62e42fefa39efp-1, q - scaled);  // exactly 0 where k = 0
   return __builtin_fma(s, __builtin_fma(-(p * z), r, difference), rest);
 }

@@ -55,6 +55,73 @@ MF_NOINLINE void finish_chunk(const ElectRows& rows, const ElectionRule& rule, c
   }
 }
 
+MF_INLINE bool votes_differ(const ElectionRule& rule, std::size_t num_models) {
+  for (std::size_t t = 0; t < num_models; ++t) {
+    if (rule.votes[t] != rule.scales[t]) return true;
+  }
+  return false;
+}
+
+// The same for up to kMaxFastModels models in fp32 whose masks are 0 or 1 and where no element has a factor of its own:
+// everything in registers, in the same order.
+template <int kModels, bool kElects>
+MF_NOINLINE void elect_chunk(const SparseRows& rows, const ElectionRule& rule, std::size_t n, float* out) {
+  const auto* base = row_of<float>(rows.base, 0);
+  const auto* deltas = row_of<float>(rows.deltas, 0);
+  const F64x8 zero = {};
+  const F64x8 one = zero + 1.0;
+  const bool has_votes = votes_differ(rule, kModels);
+  for (std::size_t e = 0; e < n; e += kWide) {
+    F64x8 terms[kModels];
+    I64x8 counts[kModels];
+    F64x8 votes = zero;
+    for (int t = 0; t < kModels; ++t) {
+      I32x8 bits, mask;
+      load_wide(deltas + t * kChunkNumel + e, bits);
+      load_wide(rows.masks + t * kChunkNumel + e, mask);
+      const F64x8 delta = __builtin_convertvector((F32x8)(bits & mask), F64x8);
+      terms[t] = delta * rule.scales[t];
+      counts[t] = __builtin_convertvector(mask, I64x8);
+      if (kElects) votes = votes + (has_votes ? delta * rule.votes[t] : terms[t]);
+    }
+    F64x8 total = zero;
+    F64x8 divisor = zero;
+    const I64x8 is_positive = votes >= zero;
+    for (int t = 0; t < kModels; ++t) {
+      // A NaN counts: it is neither below nor above zero.
+      if (kElects) counts[t] = is_positive ? ~(I64x8)(terms[t] <= zero) : ~(I64x8)(terms[t] >= zero);
+      total = total + (F64x8)((I64x8)terms[t] & counts[t]);
+      divisor = divisor + (F64x8)((I64x8)(zero + rule.weights[t]) & counts[t]);
+    }
+    if (!rule.normalizes) divisor = one;
+    divisor = divisor == zero ? one : divisor;
+    if (rule.floor > 0) {
+      const F64x8 floor = zero + rule.floor;
+      divisor = divisor < floor ? floor : divisor;
+    }
+    const F32x8 change = __builtin_convertvector((total / divisor) * rule.lambda, F32x8);
+    F32x8 origin;
+    load_wide(base + e, origin);
+    const F32x8 sum = origin + change;
+    store_wide(out + e, change == F32x8{} ? origin : sum);
+  }
+}
+
+constexpr std::size_t kMaxFastModels = 4;
+using ElectChunk = void (*)(const SparseRows&, const ElectionRule&, std::size_t, float*);
+
+// The fast kernel for this run in fp32, or null.
+MF_INLINE ElectChunk find_elect_chunk(const SparseRun& run, const ElectionRule& rule) {
+  static constexpr ElectChunk kByModels[2][kMaxFastModels] = {
+      {elect_chunk<1, false>, elect_chunk<2, false>, elect_chunk<3, false>, elect_chunk<4, false>},
+      {elect_chunk<1, true>, elect_chunk<2, true>, elect_chunk<3, true>, elect_chunk<4, true>}};
+  if (run.num_models > kMaxFastModels) return nullptr;
+  for (std::size_t t = 0; t < run.num_models; ++t) {
+    if (run.masks[t].kind == MaskKind::kNear || rule.uniques[t] != 1) return nullptr;
+  }
+  return kByModels[rule.elects ? 1 : 0][run.num_models - 1];
+}
+
 // Arithmetic in fp32 has no store of fp64; widening is exact.
 template <class Vec>
 MF_INLINE std::size_t store_merged(const typename Vec::Scalar* merged, std::size_t n, double* wide, std::byte* out,
@@ -78,10 +145,18 @@ std::size_t elect_run(const SparseRun& run, const ElectionRule& rule, const Spar
       rows.sums, rows.sums + kChunkNumel, rows.sums + 2 * kChunkNumel, rows.sums + 3 * kChunkNumel, rows.integers,
       unique};
   std::size_t num_nonfinite = 0;
+  const ElectChunk fast = find_elect_chunk(run, rule);
   for (std::size_t offset = 0; offset < run.numel; offset += kChunkNumel) {
     const std::size_t n = min_size(kChunkNumel, run.numel - offset);
     load_deltas<Vec>(run.operands, run.num_models, offset, n, rows);
     chunk_masks<Scalar>(run, offset, n, rows);
+    if constexpr (sizeof(Scalar) == 4) {
+      if (fast != nullptr) {
+        fast(rows, rule, n, merged);
+        num_nonfinite += store_merged<Vec>(merged, n, sums.terms, out + offset * itemsize(out_dtype), out_dtype);
+        continue;
+      }
+    }
     for (std::size_t e = 0; e < n; ++e) {
       sums.votes[e] = sums.total[e] = sums.divisor[e] = sums.unique[e] = 0;
       sums.num_counting[e] = 0;

@@ -16,11 +16,15 @@ void layer_gram(const Layer& layer, double* gram) {
   std::vector<double> span_sums(spans.size() * num_entries, 0.0);
   const int num_workers = num_threads();
   std::vector<ThreadScratch> scratch = make_scratch(layer.num_operands, num_workers);
-  parallel_for(spans.size(), num_workers, [&](std::size_t item, int worker) {
+  const std::vector<std::size_t> groups = group_spans(spans, num_workers);
+  parallel_for(groups.size() - 1, num_workers, [&](std::size_t group, int worker) {
     ThreadScratch& mine = scratch[static_cast<std::size_t>(worker)];
-    const Span& span = spans[item];
-    table.gram_span(mine.load(layer, span), layer.num_operands, layer.has_base, span.numel, mine.workspace(),
-                    &span_sums[item * num_entries]);
+    mine.forget_files();
+    for (std::size_t item = groups[group]; item < groups[group + 1]; ++item) {
+      const Operand* operands = mine.load(layer, &spans[item], spans.data() + groups[group + 1]);
+      table.gram_span(operands, layer.num_operands, layer.has_base, spans[item].numel, mine.workspace(),
+                      &span_sums[item * num_entries]);
+    }
   });
   const DefaultFloatEnvironment environment;  // the additions below are the caller's thread's
   for (std::size_t item = 0; item < spans.size(); ++item) {

@@ -2,15 +2,29 @@
 
 MF_INLINE std::uint32_t all_ones_if(bool kept) { return kept ? ~0u : 0u; }
 
-// Elements [first, first + n) of the tensor have these keys.
+// Elements [first, first + n) of the tensor have these keys; padded to a multiple of kWide with anything.
 MF_NOINLINE void band_mask(const std::uint32_t* keys, std::size_t first, std::size_t n, const MaskRule& rule,
                            std::uint32_t* mask) {
-  const auto begin = static_cast<std::int64_t>(first);
-  for (std::size_t e = 0; e < n; ++e) {
-    const std::int64_t index = begin + static_cast<std::int64_t>(e);
-    const bool below_upper = keys[e] < rule.keys[0] || (keys[e] == rule.keys[0] && index >= rule.indices[0]);
-    const bool above_lower = keys[e] > rule.keys[1] || (keys[e] == rule.keys[1] && index <= rule.indices[1]);
-    mask[e] = all_ones_if(below_upper && above_lower);
+  // Keys are at most kNanKey: ends above 2^31 are above all of them, and signed comparisons do. Ends' indices count
+  // from the first element of the chunk.
+  const auto key_end = [](std::uint32_t key) { return static_cast<std::int32_t>(key < 0x7fffffffu ? key : 0x7fffffffu); };
+  const auto index_end = [first, n](std::int64_t index) {
+    const std::int64_t relative = index - static_cast<std::int64_t>(first);
+    const auto last = static_cast<std::int64_t>(n);
+    return static_cast<std::int32_t>(relative < -1 ? -1 : relative > last ? last : relative);
+  };
+  const I32x8 upper = I32x8{} + key_end(rule.keys[0]);
+  const I32x8 lower = I32x8{} + key_end(rule.keys[1]);
+  const I32x8 upper_index = I32x8{} + index_end(rule.indices[0]);
+  const I32x8 lower_index = I32x8{} + index_end(rule.indices[1]);
+  I32x8 index = {0, 1, 2, 3, 4, 5, 6, 7};
+  for (std::size_t e = 0; e < n; e += kWide) {
+    I32x8 key;
+    load_wide(keys + e, key);
+    const I32x8 is_below = (key < upper) | ((key == upper) & (index >= upper_index));
+    const I32x8 is_above = (key > lower) | ((key == lower) & (index <= lower_index));
+    store_wide(mask + e, is_below & is_above);
+    index += static_cast<std::int32_t>(kWide);
   }
 }
 

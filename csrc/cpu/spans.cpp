@@ -58,6 +58,24 @@ std::vector<Span> cut_into_row_spans(const Layer& layer, const std::int64_t* col
   return spans;
 }
 
+std::vector<std::size_t> group_spans(const std::vector<Span>& spans, int num_workers) {
+  std::size_t total = 0;
+  for (const Span& span : spans) total += span.numel;
+  // Few small tensors are still spread over the threads.
+  const std::size_t limit = std::min(kSpanNumel, total / (static_cast<std::size_t>(num_workers) * 8));
+  std::vector<std::size_t> starts{0};
+  std::size_t numel = 0;
+  for (std::size_t item = 0; item < spans.size(); ++item) {
+    if (item > starts.back() && numel + spans[item].numel > limit) {
+      starts.push_back(item);
+      numel = 0;
+    }
+    numel += spans[item].numel;
+  }
+  if (!spans.empty()) starts.push_back(spans.size());
+  return starts;
+}
+
 std::byte* ThreadScratch::grow(Buffer& buffer, std::size_t nbytes) {
   if (buffer.nbytes < nbytes) {
     buffer.memory = std::make_unique_for_overwrite<std::byte[]>(nbytes);
@@ -66,26 +84,59 @@ std::byte* ThreadScratch::grow(Buffer& buffer, std::size_t nbytes) {
   return buffer.memory.get();
 }
 
-const Operand* ThreadScratch::load(const Layer& layer, const Span& span) {
+void ThreadScratch::forget_files() {
+  for (FileBuffer& buffer : file_buffers_) buffer.file = -1;
+}
+
+// Reads the operand of `span`, and those of the spans after it that continue it in the file.
+int ThreadScratch::read_ahead(const Layer& layer, const Span* span, const Span* group_end, std::size_t operand,
+                              FileBuffer& into) {
+  std::uint64_t nbytes_of_first = 0;
+  for (const Span* next = span; next < group_end; ++next) {
+    const std::size_t entry = next->tensor * num_operands_ + operand;
+    const std::size_t size = itemsize(static_cast<DType>(layer.dtypes[entry]));
+    const std::uint64_t begin = layer.addresses[entry] + next->first * size;
+    if (next == span) {
+      into.file = layer.files[entry];
+      into.begin = into.end = begin;
+      nbytes_of_first = next->numel * size;
+    } else if (layer.files[entry] != into.file || begin != into.end) {
+      break;
+    }
+    into.end += next->numel * size;
+  }
+  const std::size_t nbytes = into.end - into.begin;
+  int status = read_exactly(into.file, into.begin, grow(into.buffer, nbytes), nbytes);
+  if (status >= 0 && nbytes > nbytes_of_first) {  // an error belongs to the span that it is in
+    into.end = into.begin + nbytes_of_first;
+    status = read_exactly(into.file, into.begin, into.buffer.memory.get(), nbytes_of_first);
+  }
+  return status;
+}
+
+const Operand* ThreadScratch::load(const Layer& layer, const Span* span, const Span* group_end) {
   for (std::size_t i = 0; i < num_operands_; ++i) {
-    const std::size_t entry = span.tensor * num_operands_ + i;
+    const std::size_t entry = span->tensor * num_operands_ + i;
     const auto dtype = static_cast<DType>(layer.dtypes[entry]);
-    const std::uint64_t address = layer.addresses[entry] + span.first * itemsize(dtype);
-    if (layer.files[entry] < 0) {
+    const std::uint64_t address = layer.addresses[entry] + span->first * itemsize(dtype);
+    const int file = layer.files[entry];
+    if (file < 0) {
       operands_[i] = {reinterpret_cast<const std::byte*>(address), dtype};
       continue;
     }
     if (file_buffers_.empty()) file_buffers_.resize(num_operands_);
-    const std::size_t nbytes = span.numel * itemsize(dtype);
-    std::byte* buffer = grow(file_buffers_[i], nbytes);
-    const int status = read_exactly(layer.files[entry], address, buffer, nbytes);
-    if (status >= 0) {
-      const std::string reason = status == 0 ? "the file ended early" : std::strerror(status);
-      throw FileOperandError(
-          "cannot read " + std::to_string(nbytes) + " bytes at offset " + std::to_string(address) + ": " + reason,
-          status, span.tensor, static_cast<int>(i));
+    FileBuffer& buffer = file_buffers_[i];
+    const std::size_t nbytes = span->numel * itemsize(dtype);
+    if (buffer.file != file || address < buffer.begin || address + nbytes > buffer.end) {
+      const int status = read_ahead(layer, span, group_end, i, buffer);
+      if (status >= 0) {
+        const std::string reason = status == 0 ? "the file ended early" : std::strerror(status);
+        throw FileOperandError(
+            "cannot read " + std::to_string(nbytes) + " bytes at offset " + std::to_string(address) + ": " + reason,
+            status, span->tensor, static_cast<int>(i));
+      }
     }
-    operands_[i] = {buffer, dtype};
+    operands_[i] = {buffer.buffer.memory.get() + (address - buffer.begin), dtype};
   }
   return operands_.data();
 }

@@ -24,13 +24,25 @@ std::vector<Span> cut_into_spans(const Layer& layer);
 // kSpanNumel, a part of that row. Throws std::invalid_argument also where the rows do not add up to the tensor.
 std::vector<Span> cut_into_row_spans(const Layer& layer, const std::int64_t* columns);
 
+// Consecutive spans that a thread takes together, so that thousands of small tensors cost no more than their bytes:
+// group g is [result[g], result[g + 1]), at most kSpanNumel elements. No result depends on it.
+std::vector<std::size_t> group_spans(const std::vector<Span>& spans, int num_workers);
+
 // What one thread needs while it works on items: kernel scratch, and buffers for file operands and file output.
 class ThreadScratch {
  public:
   explicit ThreadScratch(std::size_t num_operands) : num_operands_(num_operands), operands_(num_operands) {}
 
   // The item's operands as memory: file operands are read into buffers. Throws FileOperandError.
-  const Operand* load(const Layer& layer, const Span& span);
+  const Operand* load(const Layer& layer, const Span& span) {
+    forget_files();
+    return load(layer, &span, &span + 1);
+  }
+
+  // The same for the next span of a group, which ends before `group_end`: what follows in the file and belongs to later
+  // spans of the group is read in one go. A group begins with forget_files.
+  const Operand* load(const Layer& layer, const Span* span, const Span* group_end);
+  void forget_files();
 
   // Scratch for a kernel call on `num_operands` operands.
   const Workspace& workspace();
@@ -45,9 +57,17 @@ class ThreadScratch {
   };
   static std::byte* grow(Buffer& buffer, std::size_t nbytes);
 
+  struct FileBuffer {
+    Buffer buffer;
+    int file = -1;  // the buffer holds bytes [begin, end) of it
+    std::uint64_t begin = 0;
+    std::uint64_t end = 0;
+  };
+  int read_ahead(const Layer& layer, const Span* span, const Span* group_end, std::size_t operand, FileBuffer& into);
+
   std::size_t num_operands_;
   std::vector<Operand> operands_;
-  std::vector<Buffer> file_buffers_;
+  std::vector<FileBuffer> file_buffers_;
   Buffer output_;
   Buffer scratch_;
   std::vector<double> sums_;

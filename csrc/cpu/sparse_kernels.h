@@ -71,10 +71,11 @@ struct SparseRows {
   static constexpr std::size_t kNumSumRows = 4;
 };
 
-// Scratch memory of one thread for the ranks within a row: [columns] each.
+// Scratch memory of one thread for the ranks within a row: [columns] each, keys of kChunkNumel at least.
 struct RankScratch {
   std::uint32_t* keys = nullptr;
   std::uint64_t* order[2] = {};
+  std::uint64_t* pending = nullptr;  // no more than a work item has elements
 };
 
 // Columns of the moments.
@@ -98,6 +99,12 @@ struct SparseKernels {
   // Writes the combined elements of the run. Returns the number of NaN and Inf written.
   std::size_t (*elect)(const SparseRun& run, const ElectionRule& rule, const SparseRows& rows, std::byte* out,
                        DType out_dtype);
+
+  // Returns how many of keys[0 .. n) are in [low, high], both below 2^31, and adds to `above` how many are larger. Where
+  // found_keys is not null they are written to it, and first_position + e to found_positions; room for n + 8 in both.
+  std::size_t (*scan_keys)(const std::uint32_t* keys, std::size_t n, std::uint32_t low, std::uint32_t high,
+                           std::uint32_t first_position, std::uint64_t& above, std::uint32_t* found_keys,
+                           std::uint32_t* found_positions);
 };
 
 }  // namespace metagpt_fast::cpu

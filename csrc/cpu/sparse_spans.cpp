@@ -108,11 +108,13 @@ void SparseScratch::load_ranked(const Layer& layer, const MaskTable& masks, cons
   const std::size_t loaded_end = (span.first + span.numel + rule.columns - 1) / rule.columns * rule.columns;
   const Operand* operands = whole_rows_.load(layer, {span.tensor, loaded_first, loaded_end - loaded_first});
   ranked_.resize(rules_.size() * kRankedWords);
-  if (rank_keys_.size() < rule.columns) {
-    rank_keys_.resize(rule.columns);
-    rank_order_.resize(2 * rule.columns);
+  const std::size_t row_numel = std::max(rule.columns, kChunkNumel);
+  if (rank_keys_.size() < row_numel) {
+    rank_keys_.resize(row_numel);
+    rank_order_.resize(2 * row_numel + std::min(row_numel, kSpanNumel) + 1);
   }
-  const RankScratch scratch{rank_keys_.data(), {rank_order_.data(), rank_order_.data() + rule.columns}};
+  std::uint64_t* order = rank_order_.data();
+  const RankScratch scratch{rank_keys_.data(), {order, order + row_numel}, order + 2 * row_numel};
   for (std::size_t t = 0; t < rules_.size(); ++t) {
     if (rules_[t].kind != MaskKind::kRanked) continue;
     kernels().sparse.ranked(operands, rules_.size(), t, loaded_first, span.first, span.numel, rule, rules_[t], rows_,

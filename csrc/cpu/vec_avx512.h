@@ -18,6 +18,12 @@ struct VecF {
     return mask == 0 ? 0 : static_cast<unsigned>(_mm_popcnt_u32(mask));
   }
 
+  // Of 64-bit lanes.
+  template <class Lanes64>
+  MF_INLINE Lanes64 multiply_low_halves(Lanes64 a, Lanes64 b) {
+    return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+  }
+
   template <DType kDType>
   MF_INLINE Reg load_as(const std::byte* p) {
     if constexpr (kDType == DType::kF32) return _mm512_loadu_ps(p);

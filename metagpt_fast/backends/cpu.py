@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _native
-from .tables import addresses_of
+from .tables import addresses_of, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class CpuBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         if not layer.has_base or layer.num_operands != 2:
             raise ValueError(f"got {layer.num_operands} operands, expected a base and one model")
-        shapes = [(int(numel) // max(int(row), 1),) for numel, row in zip(layer.numels, columns, strict=True)]
+        shapes = [(int(rows),) for rows in rows_of(layer, columns)]
         divergences = [np.zeros(shape) for shape in shapes]
         _native.layer_row_divergence(
             layer.addresses, layer.files, layer.dtypes, layer.numels, columns, addresses_of(divergences, shapes)
@@ -59,6 +59,7 @@ class CpuBackend:
         self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
     ) -> list[NDArray[np.float64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        rows_of(layer, columns)  # before arrays of these sizes are made
         shapes = [(int(c), layer.num_operands, layer.num_operands) for c in columns]
         grams = [np.zeros(shape) for shape in shapes] if gram is None else list(gram)
         _native.column_gram(

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import reference, reference_elect, reference_masks, reference_moments, reference_rows, reference_threshold
 from ..dtypes import DTYPES, DType
-from .tables import MEMORY
+from .tables import MEMORY, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +54,7 @@ class ReferenceBackend:
 
     def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> list[NDArray[np.float64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        rows_of(layer, columns)
         tensors = range(layer.num_tensors)
         return [reference_rows.layer_row_divergence([_operands(layer, k)], [int(columns[k])])[0] for k in tensors]
 
@@ -61,6 +62,7 @@ class ReferenceBackend:
         self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
     ) -> list[NDArray[np.float64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        rows_of(layer, columns)
         tensors = range(layer.num_tensors)
         grams = [
             reference_rows.column_gram([_operands(layer, k)], [int(columns[k])], layer.has_base)[0] for k in tensors
@@ -77,6 +79,7 @@ class ReferenceBackend:
         out: OutputTable,
     ) -> NDArray[np.int64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        rows_of(layer, columns)
         num_nonfinite = np.zeros(layer.num_tensors, np.int64)
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]

@@ -129,6 +129,20 @@ def output_table(places: Sequence[Place]) -> OutputTable:
     return OutputTable(np.array(addresses, np.uint64), np.array(files, np.int32), np.array(dtypes, np.uint8))
 
 
+def rows_of(layer: LayerTable, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of rows of each tensor, int64 ``[K]``; 0 where there are no elements.
+
+    Raises:
+        ValueError: ``columns`` does not divide the number of elements.
+    """
+    divisors = np.maximum(columns, 1)
+    wrong = np.flatnonzero((layer.numels > 0) & ((columns < 1) | (layer.numels % divisors != 0)))
+    if wrong.size:
+        k = int(wrong[0])
+        raise ValueError(f"columns: got {columns[k]} for a tensor of {layer.numels[k]} elements, expected a divisor")
+    return layer.numels // divisors
+
+
 def addresses_of(arrays: Sequence[NDArray[np.float64]], shapes: Sequence[tuple[int, ...]]) -> NDArray[np.uint64]:
     """Return where K arrays lie; the kernels see nothing but their addresses.
 

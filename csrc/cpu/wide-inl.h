@@ -1,0 +1,23 @@
+// Eight elements at a time in the compiler's own vectors, which every instruction set carries in as many registers as it
+// needs; see vector_loops-inl.h for how this text is used. Each operation is IEEE's, element by element, so the bits are
+// the same on all of them.
+
+#define MF_WIDE(type, bytes) typedef type __attribute__((vector_size(bytes)))
+MF_WIDE(float, 32) F32x8;
+MF_WIDE(double, 64) F64x8;
+MF_WIDE(std::int32_t, 32) I32x8;
+MF_WIDE(std::uint32_t, 32) U32x8;
+MF_WIDE(std::int64_t, 64) I64x8;
+#undef MF_WIDE
+
+constexpr std::size_t kWide = 8;
+
+// They are passed by reference: as values they would be passed differently with and without AVX.
+template <class Wide, class T>
+MF_INLINE void load_wide(const T* p, Wide& x) {
+  __builtin_memcpy(&x, p, sizeof(Wide));
+}
+template <class Wide, class T>
+MF_INLINE void store_wide(T* p, const Wide& x) {
+  __builtin_memcpy(p, &x, sizeof(Wide));
+}
