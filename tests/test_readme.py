@@ -137,7 +137,7 @@ def test_there_are_python_examples():
 def test_python_examples_run(example, tmp_path, monkeypatch):
     make_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec"), {"__name__": "example"})
+    exec(compile(example, "README.md", "exec", dont_inherit=True), {"__name__": "example"})
 
 
 MERGES = re.findall(r"^metagpt-fast merge .*$", text_of(README), re.MULTILINE)

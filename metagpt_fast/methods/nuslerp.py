@@ -24,7 +24,7 @@ class NuSlerp(Method):
 
     mergekit's: t is 0.5 where |w₁ + w₂| < 1e-6; norms count as at least 1e-7; linear where sin Ω ≤ 1e-8. Here it is
     linear as well where cos Ω is within 1e-6 of −1: opposite vectors, whose weights 1 / sin Ω would amplify rounding
-    errors more than a thousand times.
+    errors 700 times and more.
 
     Ω is that of whole tensors, or, without ``nuslerp_flatten``, of each row (the last dimension), or with
     ``nuslerp_row_wise``, whose name says the contrary, of each column (the first dimension).
