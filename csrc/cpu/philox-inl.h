@@ -1,18 +1,20 @@
 // Random numbers that depend on nothing but stream and element: Philox4x32-10 (Salmon et al., "Parallel random numbers:
 // as easy as 1, 2, 3", SC 2011).
 
-// The numbers of the 16 counters from `counter` on.
-MF_INLINE void plain_random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
-  constexpr std::size_t kNum = 16;
-  std::uint32_t a[kNum], b[kNum], c[kNum] = {}, d[kNum] = {};
-  for (std::size_t i = 0; i < kNum; ++i) {
+MF_INLINE void plain_random_numbers(std::uint64_t stream, std::uint64_t counter, std::size_t num_counters,
+                                    std::uint32_t* out) {
+  constexpr std::size_t kMost = kChunkNumel / 4;
+  alignas(64) std::uint32_t a[kMost], b[kMost], c[kMost], d[kMost];
+  for (std::size_t i = 0; i < num_counters; ++i) {
     a[i] = static_cast<std::uint32_t>(counter + i);
     b[i] = static_cast<std::uint32_t>((counter + i) >> 32);
+    c[i] = 0;
+    d[i] = 0;
   }
   auto low = static_cast<std::uint32_t>(stream);
   auto high = static_cast<std::uint32_t>(stream >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (std::size_t i = 0; i < kNum; ++i) {
+    for (std::size_t i = 0; i < num_counters; ++i) {
       const std::uint64_t first = std::uint64_t{0xd2511f53u} * a[i];
       const std::uint64_t second = std::uint64_t{0xcd9e8d57u} * c[i];
       a[i] = static_cast<std::uint32_t>(second >> 32) ^ b[i] ^ low;
@@ -23,7 +25,7 @@ MF_INLINE void plain_random_block(std::uint64_t stream, std::uint64_t counter, s
     low += 0x9e3779b9u;
     high += 0xbb67ae85u;
   }
-  for (std::size_t i = 0; i < kNum; ++i) {
+  for (std::size_t i = 0; i < num_counters; ++i) {
     out[4 * i] = a[i];
     out[4 * i + 1] = b[i];
     out[4 * i + 2] = c[i];
@@ -31,10 +33,11 @@ MF_INLINE void plain_random_block(std::uint64_t stream, std::uint64_t counter, s
   }
 }
 
-// The same where Vec multiplies the low halves of four 64-bit lanes, each of which has a word of one counter: GCC 12
-// finds neither this multiplication for the plain loop nor registers for its state.
+// The numbers of the 16 counters from `counter` on, where Vec multiplies the low halves of four 64-bit lanes, each of
+// which has a word of one counter: GCC 12 finds neither this multiplication for the plain loop nor registers for its
+// state.
 template <class Vec>
-MF_INLINE void wide_random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
+MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
   using Lanes64 [[gnu::vector_size(32)]] = std::uint64_t;
   constexpr int kNumRegisters = 4;
   constexpr std::uint64_t kLow = 0xffffffffu;
@@ -79,22 +82,29 @@ MF_INLINE void wide_random_block(std::uint64_t stream, std::uint64_t counter, st
 }
 
 template <class Vec>
-MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::uint32_t* out) {
+MF_INLINE void wide_random_numbers(std::uint64_t stream, std::uint64_t counter, std::size_t num_counters,
+                                   std::uint32_t* out) {
+  constexpr std::size_t kBlock = 16;
+  std::size_t done = 0;
+  for (; done + kBlock <= num_counters; done += kBlock) random_block<Vec>(stream, counter + done, out + 4 * done);
+  if (done == num_counters) return;
+  std::uint32_t block[4 * kBlock];
+  random_block<Vec>(stream, counter + done, block);
+  __builtin_memcpy(out + 4 * done, block, 4 * (num_counters - done) * sizeof(std::uint32_t));
+}
+
+template <class Vec>
+MF_INLINE void random_numbers_by(std::uint64_t stream, std::uint64_t counter, std::size_t num_counters,
+                                 std::uint32_t* out) {
   if constexpr (Vec::kLanes >= 8) {
-    wide_random_block<Vec>(stream, counter, out);
+    wide_random_numbers<Vec>(stream, counter, num_counters, out);
   } else {
-    plain_random_block(stream, counter, out);
+    plain_random_numbers(stream, counter, num_counters, out);
   }
 }
 
-// out[i] = the number of element 4 · counter + i, for 4 · num_counters elements.
+// out[i] = the number of element 4 · counter + i, for 4 · num_counters elements; at most kChunkNumel.
 MF_NOINLINE void random_numbers(std::uint64_t stream, std::uint64_t counter, std::size_t num_counters,
                                 std::uint32_t* out) {
-  constexpr std::size_t kBlock = 16;
-  std::size_t done = 0;
-  for (; done + kBlock <= num_counters; done += kBlock) random_block<VecF>(stream, counter + done, out + 4 * done);
-  if (done == num_counters) return;
-  std::uint32_t block[4 * kBlock];
-  random_block<VecF>(stream, counter + done, block);
-  __builtin_memcpy(out + 4 * done, block, 4 * (num_counters - done) * sizeof(std::uint32_t));
+  random_numbers_by<VecF>(stream, counter, num_counters, out);
 }
