@@ -65,45 +65,67 @@ MF_INLINE bool votes_differ(const ElectionRule& rule, std::size_t num_models) {
 // The same for up to kMaxFastModels models in fp32 whose masks are 0 or 1 and where no element has a factor of its own:
 // everything in registers, in the same order.
 template <int kModels, bool kElects>
-MF_NOINLINE void elect_chunk(const SparseRows& rows, const ElectionRule& rule, std::size_t n, float* out) {
+MF_NOINLINE void elect_chunk(const SparseRows& rows, const ElectionRule& rule, std::size_t n, float* __restrict out) {
+  constexpr std::size_t kStep = 4;
   const auto* base = row_of<float>(rows.base, 0);
   const auto* deltas = row_of<float>(rows.deltas, 0);
-  const F64x8 zero = {};
-  const F64x8 one = zero + 1.0;
+  const std::uint32_t* masks = rows.masks;
+  const F64x4 zero = {};
+  const F64x4 one = zero + 1.0;
+  const F64x4 lambda = zero + rule.lambda;
+  const F64x4 floor = zero + rule.floor;
   const bool has_votes = votes_differ(rule, kModels);
-  for (std::size_t e = 0; e < n; e += kWide) {
-    F64x8 terms[kModels];
-    I64x8 counts[kModels];
-    F64x8 votes = zero;
+  const bool has_floor = rule.floor > 0;
+  const bool normalizes = rule.normalizes;
+  F64x4 scales[kModels], vote_scales[kModels], weights[kModels];
+  for (int t = 0; t < kModels; ++t) {
+    scales[t] = zero + rule.scales[t];
+    vote_scales[t] = zero + rule.votes[t];
+    weights[t] = zero + rule.weights[t];
+  }
+  for (std::size_t e = 0; e < n; e += kStep) {
+    F64x4 terms[kModels];
+    I64x4 counts[kModels];
+    F64x4 votes = zero;
     for (int t = 0; t < kModels; ++t) {
-      I32x8 bits, mask;
+      I32x4 bits, mask;
       load_wide(deltas + t * kChunkNumel + e, bits);
-      load_wide(rows.masks + t * kChunkNumel + e, mask);
-      const F64x8 delta = __builtin_convertvector((F32x8)(bits & mask), F64x8);
-      terms[t] = delta * rule.scales[t];
-      counts[t] = __builtin_convertvector(mask, I64x8);
-      if (kElects) votes = votes + (has_votes ? delta * rule.votes[t] : terms[t]);
+      load_wide(masks + t * kChunkNumel + e, mask);
+      const F64x4 delta = __builtin_convertvector((F32x4)(bits & mask), F64x4);
+      terms[t] = delta * scales[t];
+      if (kElects) {
+        votes = votes + (has_votes ? delta * vote_scales[t] : terms[t]);
+      } else {
+        counts[t] = __builtin_convertvector(mask, I64x4);
+      }
     }
-    F64x8 total = zero;
-    F64x8 divisor = zero;
-    const I64x8 is_positive = votes >= zero;
+    const I64x4 is_positive = votes >= zero;
+    F64x4 total = zero;
+    F64x4 divisor = zero;
     for (int t = 0; t < kModels; ++t) {
-      // A NaN counts: it is neither below nor above zero.
-      if (kElects) counts[t] = is_positive ? ~(I64x8)(terms[t] <= zero) : ~(I64x8)(terms[t] >= zero);
-      total = total + (F64x8)((I64x8)terms[t] & counts[t]);
-      divisor = divisor + (F64x8)((I64x8)(zero + rule.weights[t]) & counts[t]);
+      if (kElects) {
+        // A NaN counts: it is neither below nor above zero.
+        counts[t] = ~(((I64x4)(terms[t] <= zero) & is_positive) | ((I64x4)(terms[t] >= zero) & ~is_positive));
+      }
+      total = total + (F64x4)((I64x4)terms[t] & counts[t]);
+      divisor = divisor + (F64x4)((I64x4)weights[t] & counts[t]);
     }
-    if (!rule.normalizes) divisor = one;
-    divisor = divisor == zero ? one : divisor;
-    if (rule.floor > 0) {
-      const F64x8 floor = zero + rule.floor;
-      divisor = divisor < floor ? floor : divisor;
+    if (normalizes) {
+      const I64x4 is_zero = divisor == zero;
+      divisor = (F64x4)(((I64x4)one & is_zero) | ((I64x4)divisor & ~is_zero));
+    } else {
+      divisor = one;
     }
-    const F32x8 change = __builtin_convertvector((total / divisor) * rule.lambda, F32x8);
-    F32x8 origin;
+    if (has_floor) {
+      const I64x4 is_below = divisor < floor;
+      divisor = (F64x4)(((I64x4)floor & is_below) | ((I64x4)divisor & ~is_below));
+    }
+    const F32x4 change = __builtin_convertvector((total / divisor) * lambda, F32x4);
+    F32x4 origin;
     load_wide(base + e, origin);
-    const F32x8 sum = origin + change;
-    store_wide(out + e, change == F32x8{} ? origin : sum);
+    const I32x4 is_same = change == F32x4{};
+    const F32x4 sum = origin + change;
+    store_wide(out + e, (I32x4)(((I32x4)origin & is_same) | ((I32x4)sum & ~is_same)));
   }
 }
 
