@@ -64,8 +64,10 @@ def keys_of(delta: NDArray[Any], rule: KeyRule) -> Keys:
     with np.errstate(all="ignore"):
         values = delta.astype(np.float64)
         if rule.kind == VARIANCE:
-            mean = _sum_in_order(values) / len(values)
-            values = (_sum_in_order((values - mean) ** 2) / len(values))[None]
+            # T² times the variance, from differences to the first model: exactly 0 where models agree.
+            differences = values - values[0]
+            total = _sum_in_order(differences)
+            values = (len(values) * _sum_in_order(differences * differences) - total * total)[None]
         elif rule.kind == IMPORTANCE:
             assert rule.row_factors is not None
             values = np.abs(values) * np.repeat(rule.row_factors, rule.columns)
@@ -135,9 +137,10 @@ def _is_in_band(keys: Keys, rule: MaskRule) -> NDArray[np.bool_]:
 
 
 def _probabilities(keys: Keys, rule: MaskRule, columns: int) -> NDArray[np.uint64]:
-    """Return the probability of each element in units of 2^-32: it is linear in the rank within the row."""
+    """Return the probability of each element in units of 2^-32, at most 2^32 − 1: linear in the rank within the row."""
     low, high = (float(p) for p in rule.probabilities)
     by_rank = np.floor(low + (high - low) * (np.arange(columns) / max(columns - 1, 1))).astype(np.uint64)
+    by_rank = np.minimum(by_rank, np.uint64(0xFFFFFFFF))
     result = np.empty(keys.size, np.uint64)
     for start in range(0, keys.size, columns):
         row = keys[start : start + columns]

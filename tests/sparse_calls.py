@@ -99,6 +99,7 @@ def empty_masks(layer: BufferLayer, keys: Keys) -> MaskTable:
         values=np.zeros(shape, np.float64),
         row_factors=factors,
         columns=columns,
+        bits=np.zeros(shape, np.uint64),
     )
 
 

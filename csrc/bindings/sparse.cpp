@@ -36,7 +36,7 @@ MaskTable mask_table(const Layer& layer, const py::tuple& table) {
   const Shape tensors{static_cast<py::ssize_t>(layer.num_tensors)};
   const Shape models{tensors[0], static_cast<py::ssize_t>(layer.num_models())};
   const Shape ends{models[0], models[1], 2};
-  if (table.size() != 9) throw py::value_error("masks: expected the nine fields of a MaskTable");
+  if (table.size() != 10) throw py::value_error("masks: expected the ten fields of a MaskTable");
   MaskTable masks;
   masks.key.kind = table[0].cast<int>();
   masks.kinds = column<std::uint8_t>(table, 1, "masks.kinds", models);
@@ -47,6 +47,7 @@ MaskTable mask_table(const Layer& layer, const py::tuple& table) {
   masks.values = column<double>(table, 6, "masks.values", models);
   masks.key.row_factors = column<std::uint64_t>(table, 7, "masks.row_factors", tensors);
   masks.key.columns = column<std::int64_t>(table, 8, "masks.columns", tensors);
+  masks.bits = column<std::uint64_t>(table, 9, "masks.bits", models);
   return masks;
 }
 

@@ -10,8 +10,8 @@ namespace metagpt_fast {
 enum class KeyKind : std::uint8_t { kMagnitude = 0, kVariance = 1, kImportance = 2 };
 inline constexpr int kNumKeyKinds = 3;
 
-enum class MaskKind : std::uint8_t { kAll = 0, kBand = 1, kRandom = 2, kRanked = 3, kNear = 4 };
-inline constexpr int kNumMaskKinds = 5;
+enum class MaskKind : std::uint8_t { kAll = 0, kBand = 1, kRandom = 2, kRanked = 3, kNear = 4, kBits = 5 };
+inline constexpr int kNumMaskKinds = 5;  // that a table may have: kBits is what kernels make of others
 
 struct KeyTable {
   int kind = 0;                                // KeyKind
@@ -27,6 +27,9 @@ struct MaskTable {
   const std::uint64_t* probabilities = nullptr;  // [K, T, 2] in units of 2^-32
   const std::uint64_t* streams = nullptr;        // [K, T] key of the random numbers
   const double* values = nullptr;                // [K, T]
+  // [K, T] address of a bit per element, in words of 64, or 0: layer_moments writes there what is kept, layer_elect
+  // reads it instead of finding it out again. Not for kAll and kNear.
+  const std::uint64_t* bits = nullptr;
 };
 
 struct ElectionTable {

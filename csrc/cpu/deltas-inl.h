@@ -43,26 +43,59 @@ void magnitude_keys(const Scalar* delta, std::size_t n, std::uint32_t* keys) {
   for (std::size_t e = 0; e < n; ++e) keys[e] = key_of(static_cast<float>(delta[e]));
 }
 
-// Population variance over the models: mean and sum in fp64, in the order of the models.
+// T² times the population variance over the models, T Σd² − (Σd)² with d_t = δ_t − δ_0, in fp64, in the order of the
+// models: exactly 0 where they agree.
 template <class Scalar>
-void variance_keys(std::byte* deltas, std::size_t num_models, std::size_t n, double* mean, double* sum,
-                   std::uint32_t* keys) {
-  const auto count = static_cast<double>(num_models);
-  for (std::size_t e = 0; e < n; ++e) mean[e] = static_cast<double>(row_of<Scalar>(deltas, 0)[e]);
+MF_NOINLINE void variance_keys(std::byte* deltas, std::size_t num_models, std::size_t n, double* sum, double* squares,
+                               std::uint32_t* keys) {
+  const Scalar* origin = row_of<Scalar>(deltas, 0);
+  for (std::size_t e = 0; e < n; ++e) sum[e] = squares[e] = 0;
   for (std::size_t t = 1; t < num_models; ++t) {
     const Scalar* delta = row_of<Scalar>(deltas, t);
-    for (std::size_t e = 0; e < n; ++e) mean[e] += static_cast<double>(delta[e]);
-  }
-  for (std::size_t e = 0; e < n; ++e) mean[e] /= count;
-  for (std::size_t e = 0; e < n; ++e) sum[e] = 0;
-  for (std::size_t t = 0; t < num_models; ++t) {
-    const Scalar* delta = row_of<Scalar>(deltas, t);
     for (std::size_t e = 0; e < n; ++e) {
-      const double deviation = static_cast<double>(delta[e]) - mean[e];
-      sum[e] += deviation * deviation;
+      const double difference = static_cast<double>(delta[e]) - static_cast<double>(origin[e]);
+      sum[e] += difference;
+      squares[e] += difference * difference;
     }
   }
-  for (std::size_t e = 0; e < n; ++e) keys[e] = key_of(static_cast<float>(sum[e] / count));
+  const auto count = static_cast<double>(num_models);
+  for (std::size_t e = 0; e < n; ++e) keys[e] = key_of(static_cast<float>(count * squares[e] - sum[e] * sum[e]));
+}
+
+// The same in fp32 for few models, in registers.
+template <int kModels>
+MF_NOINLINE void variance_keys(const float* deltas, std::size_t n, std::uint32_t* keys) {
+  constexpr std::size_t kStep = 4;
+  const F64x4 count = F64x4{} + static_cast<double>(kModels);
+  const I32x4 nan_key = I32x4{} + static_cast<std::int32_t>(kNanKey);
+  for (std::size_t e = 0; e < n; e += kStep) {
+    F32x4 delta;
+    load_wide(deltas + e, delta);
+    const F64x4 origin = __builtin_convertvector(delta, F64x4);
+    F64x4 sum = {};
+    F64x4 squares = {};
+    for (int t = 1; t < kModels; ++t) {
+      load_wide(deltas + static_cast<std::size_t>(t) * kChunkNumel + e, delta);
+      const F64x4 difference = __builtin_convertvector(delta, F64x4) - origin;
+      sum = sum + difference;
+      squares = squares + difference * difference;
+    }
+    const F32x4 spread = __builtin_convertvector(count * squares - sum * sum, F32x4);
+    const I32x4 bits = (I32x4)spread & 0x7fffffff;
+    const I32x4 is_nan = bits > nan_key;
+    store_wide(keys + e, (bits & ~is_nan) | (nan_key & is_nan));
+  }
+}
+
+template <class Scalar>
+MF_INLINE void keys_of_variance(const SparseRows& rows, std::size_t num_models, std::size_t n, std::uint32_t* keys) {
+  if constexpr (sizeof(Scalar) == 4) {
+    const float* deltas = row_of<float>(rows.deltas, 0);
+    if (num_models == 2) return variance_keys<2>(deltas, n, keys);
+    if (num_models == 3) return variance_keys<3>(deltas, n, keys);
+    if (num_models == 4) return variance_keys<4>(deltas, n, keys);
+  }
+  variance_keys<Scalar>(rows.deltas, num_models, n, rows.sums, rows.sums + kChunkNumel, keys);
 }
 
 // `first` is the element of the tensor that delta[0] is.
@@ -85,7 +118,7 @@ void chunk_keys(const SparseRows& rows, std::size_t num_models, std::size_t mode
     case KeyKind::kMagnitude:
       return magnitude_keys<Scalar>(delta, n, keys);
     case KeyKind::kVariance:
-      return variance_keys<Scalar>(rows.deltas, num_models, n, rows.sums, rows.sums + kChunkNumel, keys);
+      return keys_of_variance<Scalar>(rows, num_models, n, keys);
     case KeyKind::kImportance:
       return importance_keys<Scalar>(delta, first, n, rule, keys);
   }

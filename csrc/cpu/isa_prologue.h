@@ -25,4 +25,11 @@ inline void narrow_from_double(const double* values, std::size_t n, std::byte* o
   }
 }
 
+// Writes the keys whose bits are set to `out`, in order. Returns their number.
+inline std::size_t pack_one_by_one(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {
+  std::size_t n = 0;
+  for (; bits != 0; bits &= bits - 1) out[n++] = keys[__builtin_ctz(bits)];
+  return n;
+}
+
 }  // namespace metagpt_fast::cpu

@@ -41,9 +41,9 @@ void layer_elect(const Layer& layer, const MaskTable& masks, const ElectionTable
     const std::uint64_t address = out.addresses[span.tensor] + span.first * itemsize(out_dtype);
     const int file = out.files[span.tensor];
     std::byte* destination = file < 0 ? reinterpret_cast<std::byte*>(address) : mine.output_buffer(nbytes);
-    span_nonfinite[item] = static_cast<std::int64_t>(
-        table.sparse.elect(mine.load_run(layer, masks, span), election_rule(election, span.tensor, layer.num_models()),
-                           mine.rows(), destination, out_dtype));
+    span_nonfinite[item] = static_cast<std::int64_t>(table.sparse.elect(
+        mine.load_run(layer, masks, span, true), election_rule(election, span.tensor, layer.num_models()), mine.rows(),
+        destination, out_dtype));
     if (file < 0) return;
     const int status = write_exactly(file, address, destination, nbytes);
     if (status >= 0) {

@@ -20,7 +20,7 @@ void layer_moments(const Layer& layer, const MaskTable& masks, double* moments) 
   std::vector<SparseScratch> scratch = make_sparse_scratch(layer.num_operands, num_workers);
   parallel_for(spans.size(), num_workers, [&](std::size_t item, int worker) {
     SparseScratch& mine = scratch[static_cast<std::size_t>(worker)];
-    table.sparse.moments(mine.load_run(layer, masks, spans[item]), mine.rows(), &span_sums[item * num_entries]);
+    table.sparse.moments(mine.load_run(layer, masks, spans[item], false), mine.rows(), &span_sums[item * num_entries]);
   });
   const DefaultFloatEnvironment environment;  // the additions below are the caller's thread's
   std::fill_n(moments, layer.num_tensors * num_entries, 0.0);

@@ -1,46 +1,52 @@
 // layer_threshold for one instruction set; see vector_loops-inl.h for how this text is used.
 
-// Looks for keys in [low, high]: returns how many there are, adds to `above` how many are larger. Where `found_keys` is
-// not null, they are appended to it, and their positions to `found_positions`, which have room for n + kWide.
+MF_INLINE void count_key(std::uint32_t key, std::uint32_t low, std::uint32_t high, KeyCounts& counts,
+                         std::uint32_t* found) {
+  counts.above += key > high;
+  counts.at_high += key == high;
+  counts.at_low += key == low && low != high;
+  if (key <= low || key >= high) return;
+  if (found != nullptr) found[0] = key;
+  ++counts.between;
+}
+
+template <class Vec>
+MF_INLINE std::size_t popcount(std::uint32_t bits) {
+  if constexpr (Vec::kLanes == 1) return bits;
+  return static_cast<std::size_t>(__builtin_popcount(bits));
+}
+
 MF_NOINLINE std::size_t scan_keys(const std::uint32_t* keys, std::size_t n, std::uint32_t low, std::uint32_t high,
-                                  std::uint32_t first_position, std::uint64_t& above, std::uint32_t* found_keys,
-                                  std::uint32_t* found_positions) {
-  // Keys are below 2^31: comparisons of signed integers, which every instruction set has.
-  const I32x8 lows = I32x8{} + static_cast<std::int32_t>(low);
-  const I32x8 highs = I32x8{} + static_cast<std::int32_t>(high);
-  I32x8 num_above = {};
-  I32x8 num_inside = {};
+                                  KeyCounts& counts, std::uint32_t* found) {
+  using Vec = VecF;
+  KeyCounts sums;
   std::size_t num_found = 0;
   std::size_t e = 0;
-  for (; e + kWide <= n; e += kWide) {
-    I32x8 key;
-    load_wide(keys + e, key);
-    const I32x8 is_above = key > highs;
-    const I32x8 is_inside = (key >= lows) & ~is_above;
-    num_above -= is_above;
-    num_inside -= is_inside;
-    if (found_keys == nullptr) continue;
-    std::uint64_t any[4];
-    __builtin_memcpy(any, &is_inside, sizeof(any));
-    if ((any[0] | any[1] | any[2] | any[3]) == 0) continue;
-    for (std::size_t i = 0; i < kWide; ++i) {
-      found_keys[num_found] = keys[e + i];
-      found_positions[num_found] = first_position + static_cast<std::uint32_t>(e + i);
-      num_found += is_inside[i] & 1;
+  for (; e + Vec::kLanes <= n; e += Vec::kLanes) {
+    const std::uint32_t above = Vec::greater(keys + e, high);
+    const std::uint32_t at_high = Vec::equal(keys + e, high);
+    const std::uint32_t above_low = Vec::greater(keys + e, low);
+    const std::uint32_t at_low = Vec::equal(keys + e, low);
+    const std::uint32_t between = above_low & ~(above | at_high);
+    sums.above += popcount<Vec>(above);
+    sums.at_high += popcount<Vec>(at_high);
+    sums.at_low += popcount<Vec>(at_low);
+    if (found != nullptr) {
+      num_found += Vec::pack(keys + e, between, found + num_found);
+    } else {
+      sums.between += popcount<Vec>(between);
     }
   }
-  std::uint64_t inside = 0;
-  for (std::size_t i = 0; i < kWide; ++i) {
-    above += static_cast<std::uint32_t>(num_above[i]);
-    inside += static_cast<std::uint32_t>(num_inside[i]);
-  }
+  sums.between += num_found;
+  if (low == high) sums.at_low = 0;
   for (; e < n; ++e) {
-    above += keys[e] > high;
-    if (keys[e] < low || keys[e] > high) continue;
-    ++inside;
-    if (found_keys == nullptr) continue;
-    found_keys[num_found] = keys[e];
-    found_positions[num_found++] = first_position + static_cast<std::uint32_t>(e);
+    const std::uint64_t before = sums.between;
+    count_key(keys[e], low, high, sums, found == nullptr ? nullptr : found + num_found);
+    num_found += found == nullptr ? 0 : sums.between - before;
   }
-  return inside;
+  counts.above += sums.above;
+  counts.at_high += sums.at_high;
+  counts.between += sums.between;
+  counts.at_low += sums.at_low;
+  return num_found;
 }

@@ -17,14 +17,16 @@ constexpr std::uint32_t kNoKey = 0xffffffffu;
 constexpr std::uint32_t kMaxKey = 0x7fffffffu;
 // Tensors up to this size are selected from whole, one thread each.
 constexpr std::size_t kSmallNumel = std::size_t{1} << 16;
-// A sample of a larger tensor brackets the key: runs of elements, evenly spread. One in 16,384 of a tensor of 2^29 and
-// more, so that a bracket's candidates stay bounded; with 32,768 the rank is known to 0.3 % (one standard deviation).
+// A sample of a larger tensor brackets the key: runs of elements, evenly spread. One element in 64, but no more than
+// kMaxSample, or one in 2048 of what is larger than 2^28, so that what the bracket holds stays bounded. With 131,072
+// the rank is known to 0.14 % (one standard deviation).
 constexpr std::size_t kSampleRun = 256;
-constexpr std::size_t kMinSample = std::size_t{1} << 15;
+constexpr std::size_t kMinSample = std::size_t{1} << 13;
+constexpr std::size_t kMaxSample = std::size_t{1} << 17;
 // Half of the bracket, as a share of the tensor: four standard deviations of a sample's rank.
 constexpr double kBracketDeviations = 4.0;
-// More candidates than this are not collected; the key is narrowed down by counting first.
-constexpr std::size_t kMaxCandidates = std::size_t{1} << 23;
+// More keys than this are not collected; the key is narrowed down by counting first.
+constexpr std::size_t kMaxCollected = std::size_t{1} << 23;
 // Histograms: the 16 bits from bit 15 on, then the 15 below.
 constexpr int kLowBits = 15;
 constexpr std::size_t kNumBins = std::size_t{1} << (31 - kLowBits);
@@ -35,29 +37,43 @@ struct Bracket {
 };
 
 // What a span has in a bracket.
-struct Candidates {
-  std::uint64_t above = 0;
-  std::size_t inside = 0;
-  std::vector<std::uint32_t> keys;
-  std::vector<std::uint32_t> positions;  // in the span
+struct SpanKeys {
+  KeyCounts counts;
+  std::vector<std::uint32_t> between;  // all of them, or fewer than counts.between
 };
 
-struct Found {
+// The element number `ordinal` among those of the tensor that have this key, by span.
+struct Place {
   std::uint32_t key;
-  std::int64_t index;
+  std::size_t span;
+  std::size_t ordinal;
 };
 
-// The candidate of rank `rank` among those of all spans: larger keys first, equal ones by index.
-Found select(const std::vector<Candidates>& candidates, const std::vector<Span>& spans, std::size_t rank) {
-  std::vector<std::uint64_t> order;  // key, inverted, and position in the concatenation, which ascends with the index
-  for (const Candidates& each : candidates) {
-    for (const std::uint32_t key : each.keys) order.push_back(std::uint64_t{~key} << 32 | order.size());
-  }
-  std::nth_element(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(rank), order.end());
-  std::size_t position = order[rank] & 0xffffffffu;
+// The place of element number `ordinal` where count(span) says how many each span has.
+template <class Count>
+Place place_of(std::uint32_t key, std::size_t ordinal, const Count& count) {
   std::size_t s = 0;
-  while (position >= candidates[s].keys.size()) position -= candidates[s++].keys.size();
-  return {candidates[s].keys[position], static_cast<std::int64_t>(spans[s].first + candidates[s].positions[position])};
+  for (std::size_t here = count(s); ordinal >= here; here = count(s)) {
+    ordinal -= here;
+    ++s;
+  }
+  return {key, s, ordinal};
+}
+
+// The key of this rank among those between the ends: larger keys first, equal ones in their order.
+Place select_between(const std::vector<SpanKeys>& spans, std::size_t num_between, std::size_t rank) {
+  std::vector<std::uint32_t> keys;
+  keys.reserve(num_between);
+  for (const SpanKeys& span : spans) keys.insert(keys.end(), span.between.begin(), span.between.end());
+  const auto nth = keys.begin() + static_cast<std::ptrdiff_t>(rank);
+  std::nth_element(keys.begin(), nth, keys.end(), std::greater<>());
+  const std::uint32_t key = *nth;
+  // Larger keys are before it, equal ones on both sides.
+  const auto num_larger =
+      static_cast<std::size_t>(std::count_if(keys.begin(), nth, [key](std::uint32_t each) { return each > key; }));
+  return place_of(key, rank - num_larger, [&](std::size_t s) {
+    return static_cast<std::size_t>(std::count(spans[s].between.begin(), spans[s].between.end(), key));
+  });
 }
 
 // Selects from one large tensor, whose spans all threads share.
@@ -80,19 +96,23 @@ class Selector {
     draw_sample();
     std::vector<Wanted> wanted;
     for (std::size_t i = 0; i < num_keys_ * num_ranks; ++i) {
-      if (ranks[i] >= 0) wanted.push_back({i / num_ranks, static_cast<std::size_t>(ranks[i]), i, {}, true});
+      if (ranks[i] >= 0) wanted.push_back({i / num_ranks, static_cast<std::size_t>(ranks[i]), i, {}});
     }
-    parallel_for(wanted.size(), static_cast<int>(scratch_.size()),
-                 [&](std::size_t w, int) { wanted[w].bracket = bracket_of(wanted[w]); });
-    std::vector<std::vector<Candidates>> candidates = scan(wanted);
+    const int num_workers = static_cast<int>(scratch_.size());
+    parallel_for(wanted.size(), num_workers, [&](std::size_t w, int) { wanted[w].bracket = bracket_of(wanted[w]); });
+    std::vector<std::vector<SpanKeys>> scanned = scan(wanted);
+    std::vector<std::optional<Place>> places(wanted.size());
+    parallel_for(wanted.size(), num_workers, [&](std::size_t w, int) {
+      places[w] = find_place(wanted[w], scanned[w]);
+      std::vector<SpanKeys>().swap(scanned[w]);
+    });
     for (std::size_t w = 0; w < wanted.size(); ++w) {
-      const Wanted& each = wanted[w];
-      std::optional<Found> found = from_candidates(each, candidates[w]);
-      candidates[w].clear();
-      if (!found) found = by_counting(each);
-      keys[each.entry] = found->key;
-      indices[each.entry] = found->index;
+      if (!places[w]) places[w] = by_counting(wanted[w]);
     }
+    parallel_for(wanted.size(), num_workers, [&](std::size_t w, int worker) {
+      keys[wanted[w].entry] = places[w]->key;
+      indices[wanted[w].entry] = index_of(*places[w], wanted[w].key, scratch_[static_cast<std::size_t>(worker)]);
+    });
   }
 
  private:
@@ -101,10 +121,9 @@ class Selector {
     std::size_t rank;
     std::size_t entry;  // where the result goes
     Bracket bracket;
-    bool collects;
   };
 
-  // Calls body(span number, block's first element in the span, its keys, their number, worker) for every block.
+  // Calls body(span number, which key, the block's keys, their number, worker) for every block.
   template <class Body>
   void for_each_block(const std::vector<std::size_t>& which, const Body& body) {
     const SparseKernels& kernel = kernels().sparse;
@@ -116,14 +135,14 @@ class Selector {
         const std::size_t n = std::min(kBlockNumel, spans_[s].numel - done);
         for (const std::size_t j : which) {
           kernel.keys(operands, layer_.num_models(), j, done, spans_[s].first + done, n, rule_, mine.rows(), keys);
-          body(s, j, done, keys, n, worker);
+          body(s, j, keys, n, worker);
         }
       }
     });
   }
 
   void draw_sample() {
-    const std::size_t wanted = std::max(kMinSample, numel_ >> 14);
+    const std::size_t wanted = std::max(std::clamp(numel_ >> 6, kMinSample, kMaxSample), numel_ >> 11);
     const std::size_t num_runs = std::min(wanted / kSampleRun, numel_ / kSampleRun);
     sample_.assign(num_keys_, std::vector<std::uint32_t>(num_runs * kSampleRun));
     const SparseKernels& kernel = kernels().sparse;
@@ -156,83 +175,84 @@ class Selector {
   }
 
   // What each span has in each bracket: [wanted][span].
-  std::vector<std::vector<Candidates>> scan(const std::vector<Wanted>& wanted) {
-    std::vector<std::vector<Candidates>> candidates(wanted.size(), std::vector<Candidates>(spans_.size()));
+  std::vector<std::vector<SpanKeys>> scan(const std::vector<Wanted>& wanted) {
+    std::vector<std::vector<SpanKeys>> scanned(wanted.size(), std::vector<SpanKeys>(spans_.size()));
     std::vector<std::size_t> which;
     for (const Wanted& each : wanted) {
       if (which.empty() || which.back() != each.key) which.push_back(each.key);
     }
     // Collecting ends where it would take too much memory; counting goes on.
-    const std::size_t most_per_span = kMaxCandidates / spans_.size() * 4 + kBlockNumel;
+    const std::size_t most_per_span = kMaxCollected / spans_.size() * 4 + kBlockNumel;
     const SparseKernels& kernel = kernels().sparse;
-    for_each_block(
-        which, [&](std::size_t s, std::size_t j, std::size_t done, const std::uint32_t* keys, std::size_t n, int) {
-          std::uint32_t found_keys[kBlockNumel + 16];
-          std::uint32_t found_positions[kBlockNumel + 16];
-          for (std::size_t w = 0; w < wanted.size(); ++w) {
-            if (wanted[w].key != j) continue;
-            Candidates& mine = candidates[w][s];
-            const bool collects = wanted[w].collects && mine.keys.size() < most_per_span;
-            const std::size_t count = kernel.scan_keys(keys, n, wanted[w].bracket.low, wanted[w].bracket.high,
-                                                       static_cast<std::uint32_t>(done), mine.above,
-                                                       collects ? found_keys : nullptr, found_positions);
-            mine.inside += count;
-            if (!collects) continue;
-            mine.keys.insert(mine.keys.end(), found_keys, found_keys + count);
-            mine.positions.insert(mine.positions.end(), found_positions, found_positions + count);
-          }
-        });
-    return candidates;
+    for_each_block(which, [&](std::size_t s, std::size_t j, const std::uint32_t* keys, std::size_t n, int) {
+      std::uint32_t found[kBlockNumel + kScanSlack];
+      for (std::size_t w = 0; w < wanted.size(); ++w) {
+        if (wanted[w].key != j) continue;
+        SpanKeys& mine = scanned[w][s];
+        const Bracket& bracket = wanted[w].bracket;
+        const bool collects = mine.between.size() < most_per_span;
+        const std::size_t num_found =
+            kernel.scan_keys(keys, n, bracket.low, bracket.high, mine.counts, collects ? found : nullptr);
+        mine.between.insert(mine.between.end(), found, found + num_found);
+      }
+    });
+    return scanned;
   }
 
-  // The element, if the bracket holds it and all of its candidates were collected.
-  std::optional<Found> from_candidates(const Wanted& wanted, const std::vector<Candidates>& candidates) const {
-    std::uint64_t above = 0;
-    std::size_t inside = 0;
+  // Where the element is, if its key is in the bracket, and known.
+  static std::optional<Place> find_place(const Wanted& wanted, const std::vector<SpanKeys>& spans) {
+    KeyCounts total;
     std::size_t collected = 0;
-    for (const Candidates& each : candidates) {
-      above += each.above;
-      inside += each.inside;
-      collected += each.keys.size();
+    for (const SpanKeys& span : spans) {
+      total.above += span.counts.above;
+      total.at_high += span.counts.at_high;
+      total.between += span.counts.between;
+      total.at_low += span.counts.at_low;
+      collected += span.between.size();
     }
-    if (wanted.rank < above || wanted.rank >= above + inside || collected != inside) return std::nullopt;
-    return select(candidates, spans_, wanted.rank - above);
+    if (wanted.rank < total.above) return std::nullopt;
+    std::size_t left = wanted.rank - total.above;
+    if (left < total.at_high) {
+      return place_of(wanted.bracket.high, left, [&](std::size_t s) { return spans[s].counts.at_high; });
+    }
+    left -= total.at_high;
+    if (left < total.between) {
+      if (collected < total.between) return std::nullopt;
+      return select_between(spans, collected, left);
+    }
+    left -= total.between;
+    if (left >= total.at_low) return std::nullopt;
+    return place_of(wanted.bracket.low, left, [&](std::size_t s) { return spans[s].counts.at_low; });
   }
 
-  // Exact without a bracket: the bin of the upper bits, then either its few candidates, or the key by the lower bits
-  // and the span that holds the element.
-  Found by_counting(Wanted wanted) {
+  // Exact without a sample: the bin of the upper bits, then what it holds, or where that is too much, the key by the
+  // lower bits.
+  Place by_counting(Wanted wanted) {
     std::uint64_t above = 0;
     const std::size_t bin = find_bin(wanted, kLowBits, 0, above);
     wanted.bracket = {static_cast<std::uint32_t>(bin << kLowBits),
                       static_cast<std::uint32_t>((bin << kLowBits) + (std::size_t{1} << kLowBits) - 1)};
-    if (std::optional<Found> found = from_candidates(wanted, scan({wanted}).front())) return *found;
+    if (const std::optional<Place> place = find_place(wanted, scan({wanted}).front())) return *place;
     const auto key =
         static_cast<std::uint32_t>(bin << kLowBits | find_bin(wanted, 0, static_cast<std::uint32_t>(bin), above));
     wanted.bracket = {key, key};
-    wanted.collects = false;
-    const std::vector<Candidates> counted = scan({wanted}).front();
-    std::size_t left = wanted.rank - above;
-    std::size_t s = 0;
-    while (left >= counted[s].inside) left -= counted[s++].inside;
-    return {key, static_cast<std::int64_t>(spans_[s].first) + position_of(s, wanted.key, key, left)};
+    return find_place(wanted, scan({wanted}).front()).value();
   }
 
   // The bin of the key of this rank: of its upper bits (shift kLowBits), or of its lower ones (shift 0) among the keys
   // whose upper bits are `upper`. `above` grows by the number of keys in larger bins.
   std::size_t find_bin(const Wanted& wanted, int shift, std::uint32_t upper, std::uint64_t& above) {
     std::vector<std::vector<std::uint64_t>> bins(scratch_.size(), std::vector<std::uint64_t>(kNumBins));
-    for_each_block({wanted.key},
-                   [&](std::size_t, std::size_t, std::size_t, const std::uint32_t* keys, std::size_t n, int worker) {
-                     std::vector<std::uint64_t>& mine = bins[static_cast<std::size_t>(worker)];
-                     for (std::size_t e = 0; e < n; ++e) {
-                       if (shift != 0) {
-                         ++mine[keys[e] >> shift];
-                       } else if (keys[e] >> kLowBits == upper) {
-                         ++mine[keys[e] & ((1u << kLowBits) - 1)];
-                       }
-                     }
-                   });
+    for_each_block({wanted.key}, [&](std::size_t, std::size_t, const std::uint32_t* keys, std::size_t n, int worker) {
+      std::vector<std::uint64_t>& mine = bins[static_cast<std::size_t>(worker)];
+      for (std::size_t e = 0; e < n; ++e) {
+        if (shift != 0) {
+          ++mine[keys[e] >> shift];
+        } else if (keys[e] >> kLowBits == upper) {
+          ++mine[keys[e] & ((1u << kLowBits) - 1)];
+        }
+      }
+    });
     for (std::size_t bin = kNumBins; bin-- > 0;) {
       std::uint64_t count = 0;
       for (const std::vector<std::uint64_t>& each : bins) count += each[bin];
@@ -242,16 +262,14 @@ class Selector {
     throw std::logic_error("layer_threshold: a rank above the number of elements");
   }
 
-  // Where in span s the element number `left` with this key is.
-  std::int64_t position_of(std::size_t s, std::size_t j, std::uint32_t key, std::size_t left) {
-    SparseScratch& mine = scratch_.front();
-    const Operand* operands = mine.load(layer_, spans_[s]);
-    std::uint32_t* keys = mine.key_buffer();
-    kernels().sparse.keys(operands, layer_.num_models(), j, 0, spans_[s].first, spans_[s].numel, rule_, mine.rows(),
-                          keys);
-    std::int64_t position = 0;
-    while (keys[position] != key || left-- > 0) ++position;
-    return position;
+  std::int64_t index_of(const Place& place, std::size_t j, SparseScratch& scratch) const {
+    const Span& span = spans_[place.span];
+    const Operand* operands = scratch.load(layer_, span);
+    std::uint32_t* keys = scratch.key_buffer();
+    kernels().sparse.keys(operands, layer_.num_models(), j, 0, span.first, span.numel, rule_, scratch.rows(), keys);
+    std::size_t position = 0;
+    for (std::size_t left = place.ordinal; keys[position] != place.key || left-- > 0;) ++position;
+    return static_cast<std::int64_t>(span.first + position);
   }
 
   const Layer& layer_;
@@ -339,7 +357,9 @@ void layer_count_nonzero(const Layer& layer, const KeyTable& table, std::int64_t
       for (std::size_t j = 0; j < per_element; ++j) {
         kernel.keys(operands, layer.num_models(), j, done, span.first + done, n, key_rule(table, span.tensor),
                     mine.rows(), keys);
-        kernel.scan_keys(keys, n, 0, 0, 0, span_counts[item * per_element + j], nullptr, nullptr);
+        KeyCounts found;
+        kernel.scan_keys(keys, n, 0, 0, found, nullptr);
+        span_counts[item * per_element + j] += found.above;
       }
     }
   });

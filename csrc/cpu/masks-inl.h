@@ -54,8 +54,30 @@ void near_mask(const Scalar* delta, std::size_t n, double value, double* weights
   }
 }
 
-MF_INLINE void expand_bits(const std::uint64_t* bits, std::size_t n, std::uint32_t* mask) {
-  for (std::size_t e = 0; e < n; ++e) mask[e] = all_ones_if((bits[e / 64] >> (e % 64) & 1) != 0);
+// A word of ones for every bit of n that is set.
+template <class Vec>
+MF_NOINLINE void expand_bits(const std::uint64_t* bits, std::size_t n, std::uint32_t* mask) {
+  for (std::size_t e = 0; e < n; e += Vec::kLanes) {
+    const std::uint64_t few = bits[e / 64] >> (e % 64);
+    Vec::expand(static_cast<std::uint32_t>(Vec::kLanes == 1 ? few & 1 : few), mask + e);
+  }
+}
+
+// The other way round; the bits after the last are 0.
+template <class Vec>
+MF_NOINLINE void pack_bits(const std::uint32_t* mask, std::size_t n, std::uint64_t* bits) {
+  for (std::size_t begin = 0; begin < n; begin += 64) {
+    std::uint64_t word = 0;
+    for (std::size_t i = 0; i < min_size(n - begin, 64); i += Vec::kLanes) {
+      word |= std::uint64_t{Vec::equal(mask + begin + i, ~0u)} << i;
+    }
+    bits[begin / 64] = word;
+  }
+}
+
+MF_INLINE bool is_same_band(const MaskRule& a, const MaskRule& b) {
+  return b.kind == MaskKind::kBand && a.keys[0] == b.keys[0] && a.keys[1] == b.keys[1] &&
+         a.indices[0] == b.indices[0] && a.indices[1] == b.indices[1];
 }
 
 // rows.masks of elements [offset, offset + n) of the run, whose deltas are loaded; zero up to a multiple of kNumLanes.
@@ -71,6 +93,10 @@ void chunk_masks(const SparseRun& run, std::size_t offset, std::size_t n, const 
         for (std::size_t e = 0; e < n; ++e) mask[e] = ~0u;
         break;
       case MaskKind::kBand:
+        if (has_keys && is_same_band(rule, run.masks[t - 1])) {
+          __builtin_memcpy(mask, mask - kChunkNumel, n * sizeof(*mask));
+          break;
+        }
         if (!has_keys) chunk_keys<Scalar>(rows, run.num_models, t, first, n, run.key, rows.keys);
         has_keys = run.key.kind == KeyKind::kVariance;
         band_mask(rows.keys, first, n, rule, mask);
@@ -78,13 +104,16 @@ void chunk_masks(const SparseRun& run, std::size_t offset, std::size_t n, const 
       case MaskKind::kRandom:
         random_mask(first, n, rule, mask);
         break;
-      case MaskKind::kRanked:
-        expand_bits(run.ranked + t * kRankedWords + offset / 64, n, mask);
-        break;
       case MaskKind::kNear:
         near_mask<Scalar>(row_of<Scalar>(rows.deltas, t), n, rule.value, rows.weights + t * kChunkNumel, mask);
         break;
+      case MaskKind::kBits:
+        expand_bits<VecF>(rule.bits + offset / 64, n, mask);
+        break;
+      case MaskKind::kRanked:  // has become kBits
+        break;
     }
     for (std::size_t e = n; e < round_up(n, kNumLanes); ++e) mask[e] = 0;
+    if (rule.bits != nullptr && rule.kind != MaskKind::kBits) pack_bits<VecF>(mask, n, rule.bits + offset / 64);
   }
 }

@@ -1,91 +1,101 @@
-// DELLA's masks: the probability to be kept depends on the rank within the row (Deep et al., arXiv 2406.11617). Few
-// ranks are needed: a random number outside the probabilities of all ranks settles an element, most others settle by
-// the ranks that elements with nearly the same key have. What remains is counted, or where it is much, sorted.
+// DELLA's masks: the probability to be kept depends on the rank within the row (Deep et al., arXiv 2406.11617). A row
+// is counted into bins of keys. Where all keys of a bin are equal, as they are in 16-bit models, elements take their
+// ranks as they come; elsewhere the bin's first and last rank settle nearly all, and what remains is counted or sorted.
 
-// Bins of keys: equal steps of the key's bits over kBinnedBits below the row's largest key, that is eight octaves;
-// smaller keys share the first bin.
-constexpr std::size_t kMostBins = 4096;
+// Bins: zero, what is too small, and equal steps of the key's bits over kBinnedBits, that is eight octaves, below the
+// row's largest key. 256 or 512 steps an octave tell differences of bf16 numbers apart.
 constexpr int kBinnedBits = 26;
-// Rows of fewer elements do without bins.
+constexpr int kFineShift = 14;
+constexpr int kCoarseShift = 15;
+constexpr std::size_t kMostBins = (std::size_t{1} << (kBinnedBits - kFineShift)) + 3;
+constexpr std::uint16_t kOddCode = 0x8000;
+// Rows of fewer elements are one bin.
 constexpr std::size_t kLeastBinned = 64;
+// At least so many elements are worth the finer bins.
+constexpr std::size_t kLeastFine = 8192;
 // At most so many ranks in a row are counted one by one.
 constexpr std::size_t kMostCounted = 16;
-// Limits are off by at most this, in units of 2^-32.
-constexpr std::uint64_t kLimitError = 4;
 
-// P(r), the probability of rank r in units of 2^-32.
-MF_INLINE std::uint64_t probability_of_rank(const MaskRule& rule, std::size_t rank, std::size_t columns) {
+// P(r), the probability of rank r in units of 2^-32; 2^32 itself becomes 2^32 − 1.
+MF_INLINE std::uint32_t probability_of_rank(const MaskRule& rule, std::size_t rank, std::size_t columns) {
   const auto low = static_cast<double>(rule.probabilities[0]);
   const auto high = static_cast<double>(rule.probabilities[1]);
   const auto last = static_cast<double>(columns > 1 ? columns - 1 : 1);
-  return static_cast<std::uint64_t>(low + (high - low) * (static_cast<double>(rank) / last));
+  const auto probability = static_cast<std::uint64_t>(low + (high - low) * (static_cast<double>(rank) / last));
+  return probability < 0xffffffffu ? static_cast<std::uint32_t>(probability) : ~0u;
 }
 
-MF_INLINE std::uint32_t saturated(std::uint64_t x) { return x < 0xffffffffu ? static_cast<std::uint32_t>(x) : ~0u; }
-
 struct Bins {
-  std::uint32_t floor = 0;
-  int shift = 0;
-  std::size_t num = 1;
+  struct Bin {
+    std::uint32_t rank;  // of the next element, where keys are equal; else the rank with the least probability
+    std::int32_t reach;  // from there to the rank with the largest probability
+  };
+  std::size_t num;
   std::uint32_t starts[kMostBins + 1];  // ranks: bin b holds [starts[b], starts[b + 1])
-  // Numbers below keep_below[b] keep what is in bin b, those above drop_above[b] drop it.
-  struct {
-    std::uint32_t keep_below, drop_above;
-  } limits[kMostBins];
-
-  MF_INLINE std::size_t of(std::uint32_t key, std::uint32_t floor, int shift) {
-    return ((key > floor ? key : floor) - floor) >> shift;
-  }
-  std::size_t bin_of(std::uint32_t key) const { return of(key, floor, shift); }
+  Bin bins[kMostBins];
 };
 
-MF_NOINLINE void count_bins(const std::uint32_t* keys, std::size_t columns, Bins& bins) {
+MF_INLINE std::size_t bin_of(std::uint16_t code) { return code & (kOddCode - 1u); }
+
+// codes[e] = the bin of keys[e], and kOddCode if the bin may hold other keys too. Returns the number of bins.
+MF_NOINLINE std::size_t code_keys(const std::uint32_t* keys, std::size_t columns, std::uint16_t* codes) {
   std::uint32_t largest = 0;
   for (std::size_t e = 0; e < columns; ++e) largest = keys[e] > largest ? keys[e] : largest;
+  const int shift = columns < kLeastFine ? kCoarseShift : kFineShift;
+  const std::int32_t low_bits = (std::int32_t{1} << shift) - 1;
   constexpr std::uint32_t kRange = (std::uint32_t{1} << kBinnedBits) - 1;
-  const std::uint32_t floor = largest > kRange ? largest - kRange : 0;
-  int shift = kBinnedBits - 6;
-  while (((kRange >> shift) + 1) * 2 < columns && (kRange >> shift) + 1 < kMostBins) --shift;
-  bins.floor = floor;
-  bins.shift = shift;
-  bins.num = (kRange >> shift) + 1;
+  const auto floor = static_cast<std::int32_t>((largest > kRange ? largest - kRange : 0)) & ~low_bits;
+  for (std::size_t e = 0; e < columns; ++e) {
+    const auto key = static_cast<std::int32_t>(keys[e]);
+    const std::int32_t step = ((key - floor) >> shift) + 2;
+    const std::int32_t small = key == 0 ? 0 : 1 | kOddCode;
+    const std::int32_t large = (key & low_bits) != 0 ? step | kOddCode : step;
+    codes[e] = static_cast<std::uint16_t>(key == 0 || key < floor ? small : large);
+  }
+  return static_cast<std::size_t>((static_cast<std::int32_t>(largest) - floor) >> shift) + 3;
+}
+
+// Counts elements in the low half of Word, those with kOddCode in the high half.
+template <class Word>
+MF_NOINLINE void count_bins(const std::uint16_t* codes, std::size_t columns, bool is_rising, Bins& bins) {
+  constexpr int kHalf = sizeof(Word) * 4;
   // Two counts per bin: an equal neighbour's would be waited for.
-  std::uint32_t counts[2][kMostBins];
+  Word counts[2][kMostBins];
   for (std::size_t b = 0; b < bins.num; ++b) counts[0][b] = counts[1][b] = 0;
+  const auto count = [](std::uint16_t code) { return Word{1} + (static_cast<Word>(code >> 15) << kHalf); };
   std::size_t e = 0;
   for (; e + 2 <= columns; e += 2) {
-    ++counts[0][Bins::of(keys[e], floor, shift)];
-    ++counts[1][Bins::of(keys[e + 1], floor, shift)];
+    counts[0][bin_of(codes[e])] += count(codes[e]);
+    counts[1][bin_of(codes[e + 1])] += count(codes[e + 1]);
   }
-  if (e < columns) ++counts[0][Bins::of(keys[e], floor, shift)];
+  if (e < columns) counts[0][bin_of(codes[e])] += count(codes[e]);
   std::uint32_t total = 0;
   for (std::size_t b = 0; b < bins.num; ++b) {
+    const Word both = counts[0][b] + counts[1][b];
+    const auto held = static_cast<std::uint32_t>(both & ((Word{1} << kHalf) - 1));
+    const std::int32_t reach = both >> kHalf != 0 ? static_cast<std::int32_t>(held) - 1 : 0;
     bins.starts[b] = total;
-    total += counts[0][b] + counts[1][b];
+    bins.bins[b] = is_rising ? Bins::Bin{total, reach} : Bins::Bin{total + static_cast<std::uint32_t>(reach), -reach};
+    total += held;
   }
   bins.starts[bins.num] = total;
 }
 
-// The limits of all bins, in integers: the slope has 32 significant bits. They hold for rising probabilities; where
-// these fall, nothing settles by its bin.
-MF_NOINLINE void find_limits(const MaskRule& rule, std::size_t columns, Bins& bins) {
-  const std::uint64_t low = rule.probabilities[0];
-  if (rule.probabilities[1] < low) {
-    for (std::size_t b = 0; b < bins.num; ++b) bins.limits[b] = {0, ~0u};
+// Gets a row ready: its codes and bins.
+MF_INLINE void sort_into_bins(const std::uint32_t* keys, std::size_t columns, bool is_rising, std::uint16_t* codes,
+                              Bins& bins) {
+  if (columns < kLeastBinned) {
+    for (std::size_t e = 0; e < columns; ++e) codes[e] = 0;
+    const auto reach = static_cast<std::int32_t>(columns) - 1;
+    bins.num = 1;
+    bins.starts[0] = 0;
+    bins.starts[1] = static_cast<std::uint32_t>(columns);
+    bins.bins[0] = is_rising ? Bins::Bin{0, reach} : Bins::Bin{static_cast<std::uint32_t>(reach), -reach};
     return;
   }
-  const std::uint64_t rise = rule.probabilities[1] - low;
-  const std::uint64_t last = columns > 1 ? columns - 1 : 1;
-  int shift = 0;
-  while (shift < 31 && (rise << (shift + 1)) / last < std::uint64_t{1} << 32) ++shift;
-  const std::uint64_t slope = (rise << shift) / last;
-  for (std::size_t b = 0; b < bins.num; ++b) {
-    const std::uint64_t least = low + (bins.starts[b] * slope >> shift);
-    const std::uint64_t most = low + ((bins.starts[b + 1] - std::uint64_t{1}) * slope >> shift);
-    bins.limits[b].keep_below = saturated(least > kLimitError ? least - kLimitError : 0);
-    // Nobody asks for an empty bin's.
-    bins.limits[b].drop_above = saturated(most + kLimitError);
-  }
+  bins.num = code_keys(keys, columns, codes);
+  const auto count = columns < std::size_t{1} << 16 ? count_bins<std::uint32_t> : count_bins<std::uint64_t>;
+  count(codes, columns, is_rising, bins);
 }
 
 // The number of elements of the row before element `index` in ascending order of key and index.
@@ -148,7 +158,7 @@ struct Pending {
 
 // Calls keep(index) for pending elements that are kept, after sorting the bins they are in.
 template <class Keep>
-MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns, const Bins& bins, const MaskRule& rule,
+MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns, const Bins& bins,
                                  const Pending& pending, const RankScratch& scratch, Keep keep) {
   std::uint32_t ends[kMostBins];
   bool is_sorted[kMostBins];
@@ -158,15 +168,11 @@ MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns,
   }
   // All bins, wanted or not: no branch to mispredict.
   std::uint64_t* items = scratch.order[0];
-  const std::uint32_t floor = bins.floor;
-  const int shift = bins.shift;
-  for (std::size_t e = 0; e < columns; ++e) {
-    items[ends[Bins::of(keys[e], floor, shift)]++] = std::uint64_t{keys[e]} << 32 | e;
-  }
+  for (std::size_t e = 0; e < columns; ++e) items[ends[bin_of(scratch.codes[e])]++] = std::uint64_t{keys[e]} << 32 | e;
   for (std::size_t i = 0; i < pending.num; ++i) {
     const std::size_t index = Pending::index(pending.items[i]);
     const std::uint64_t item = std::uint64_t{keys[index]} << 32 | index;
-    const std::size_t b = bins.bin_of(keys[index]);
+    const std::size_t b = bin_of(scratch.codes[index]);
     std::size_t rank = bins.starts[b];
     if (!is_sorted[b]) sort_items(items + rank, bins.starts[b + 1] - rank, scratch.order[1]);
     is_sorted[b] = true;
@@ -175,19 +181,8 @@ MF_INLINE void settle_by_sorting(const std::uint32_t* keys, std::size_t columns,
       rank += items[rank + half] <= item ? half : 0;
       length -= half;
     }
-    if (Pending::number(pending.items[i]) < probability_of_rank(rule, rank, columns)) keep(index);
+    if (Pending::number(pending.items[i]) < scratch.limits[rank]) keep(index);
   }
-}
-
-// Bit i of the result: flags[i], 0 or 1, of 64.
-MF_INLINE std::uint64_t pack_flags(const std::uint8_t* flags) {
-  std::uint64_t packed = 0;
-  for (int i = 0; i < 8; ++i) {
-    std::uint64_t eight = 0;
-    for (int j = 0; j < 8; ++j) eight |= std::uint64_t{flags[8 * i + j]} << (8 * j);
-    packed |= (eight * 0x0102040810204080u >> 56) << (8 * i);
-  }
-  return packed;
 }
 
 // Sets bits [position, position + 64) where the word has them; past the last bit it has none.
@@ -197,69 +192,31 @@ MF_INLINE void set_bits(std::uint64_t* bits, std::size_t position, std::uint64_t
   if (rest != 0) bits[position / 64 + 1] |= rest;
 }
 
-// Which elements are certain to be kept, and which depend on their ranks: words of 64, for n <= kChunkNumel numbers.
-MF_NOINLINE void classify(const std::uint32_t* numbers, std::size_t n, const MaskRule& rule, std::uint64_t* kept,
-                          std::uint64_t* unknown) {
-  const std::uint64_t first = rule.probabilities[0];
-  const std::uint64_t last = rule.probabilities[1];
-  // Numbers that equal the largest probability are left to the ranks, because 2^32 is no 32-bit number.
-  const std::uint32_t low = saturated(first < last ? first : last);
-  const std::uint32_t high = saturated(first < last ? last : first);
-  alignas(64) std::uint8_t flags[2][kChunkNumel];
-  for (std::size_t e = 0; e < n; ++e) flags[0][e] = numbers[e] < low;
-  for (std::size_t e = 0; e < n; ++e) flags[1][e] = numbers[e] >= low && numbers[e] <= high;
-  for (std::size_t e = n; e < round_up(n, 64); ++e) flags[0][e] = flags[1][e] = 0;
-  for (std::size_t word = 0; word < (n + 63) / 64; ++word) {
-    kept[word] = pack_flags(flags[0] + 64 * word);
-    unknown[word] = pack_flags(flags[1] + 64 * word);
+// Takes the ranks of elements [begin, end) of the row, and leaves out what is kept of them.
+MF_NOINLINE void skip_elements(const std::uint16_t* codes, std::size_t begin, std::size_t end, Bins& bins) {
+  for (std::size_t e = begin; e < end; ++e) {
+    Bins::Bin& bin = bins.bins[bin_of(codes[e])];
+    bin.rank += bin.reach == 0;
   }
 }
 
-// Bits of elements [begin, end) of the tensor, bit 0 being element `origin`. The row begins at element `row`.
-MF_INLINE void ranked_row(const std::uint32_t* keys, std::size_t columns, std::size_t row, std::size_t begin,
-                          std::size_t end, const MaskRule& rule, const Bins* bins, const RankScratch& scratch,
-                          std::size_t origin, std::uint64_t* bits) {
-  Pending pending{scratch.pending};
-  const auto keep = [=](std::size_t index) {
-    const std::size_t position = row + index - origin;
-    bits[position / 64] |= std::uint64_t{1} << (position % 64);
-  };
-  for (std::size_t element = begin; element < end;) {
-    alignas(64) std::uint32_t numbers[kChunkNumel];
-    std::uint64_t kept[kChunkNumel / 64];
-    std::uint64_t unknown[kChunkNumel / 64];
-    const std::size_t skipped = element % 4;
-    const std::size_t n = min_size(kChunkNumel - skipped, end - element);
-    random_numbers(rule.stream, element / 4, (skipped + n + 3) / 4, numbers);
-    classify(numbers + skipped, n, rule, kept, unknown);
-    for (std::size_t word = 0; word < (n + 63) / 64; ++word) {
-      for (std::uint64_t left = unknown[word]; left != 0; left &= left - 1) {
-        const auto bit = static_cast<std::size_t>(__builtin_ctzll(left));
-        const std::uint32_t number = numbers[skipped + 64 * word + bit];
-        const std::size_t index = element + 64 * word + bit - row;
-        std::uint32_t keep_below = 0;
-        std::uint32_t drop_above = ~0u;
-        if (bins != nullptr) {
-          const auto& limits = bins->limits[bins->bin_of(keys[index])];
-          keep_below = limits.keep_below;
-          drop_above = limits.drop_above;
-        }
-        kept[word] |= std::uint64_t{number < keep_below} << bit;
-        scratch.pending[pending.num] = std::uint64_t{number} << 32 | index;
-        pending.num += (number >= keep_below) & (number <= drop_above);
-      }
-      set_bits(bits, element + 64 * word - origin, kept[word]);
-    }
-    element += n;
+// Bit i of the result: whether element begin + i is kept, for n <= 64 elements of the row; unknown ones become pending.
+MF_INLINE std::uint64_t rank_elements(const std::uint16_t* codes, const std::uint32_t* numbers, std::size_t begin,
+                                      std::size_t n, const std::uint32_t* limits, Bins& bins, Pending& pending) {
+  std::uint64_t kept = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    Bins::Bin& bin = bins.bins[bin_of(codes[begin + i])];
+    const std::uint32_t rank = bin.rank;
+    const std::int32_t reach = bin.reach;
+    bin.rank = rank + (reach == 0);
+    const std::uint32_t number = numbers[i];
+    const bool is_kept = number < limits[rank];
+    const bool is_below = number < limits[static_cast<std::int64_t>(rank) + reach];
+    kept |= std::uint64_t{is_kept} << i;
+    pending.items[pending.num] = std::uint64_t{number} << 32 | (begin + i);
+    pending.num += is_below && !is_kept;
   }
-  if (bins != nullptr && pending.num > kMostCounted) {
-    return settle_by_sorting(keys, columns, *bins, rule, pending, scratch, keep);
-  }
-  for (std::size_t i = 0; i < pending.num; ++i) {
-    const std::size_t index = Pending::index(pending.items[i]);
-    const std::size_t rank = count_rank(keys, columns, index);
-    if (Pending::number(pending.items[i]) < probability_of_rank(rule, rank, columns)) keep(index);
-  }
+  return kept;
 }
 
 void ranked_span(const Operand* operands, std::size_t num_models, std::size_t model, std::size_t loaded_first,
@@ -267,21 +224,52 @@ void ranked_span(const Operand* operands, std::size_t num_models, std::size_t mo
                  const RankScratch& scratch, std::uint64_t* bits) {
   const std::size_t columns = key.columns;
   const std::size_t end = first + numel;
+  const bool is_rising = mask.probabilities[0] <= mask.probabilities[1];
   for (std::size_t word = 0; word < (numel + 63) / 64; ++word) bits[word] = 0;
-  const bool is_binned = columns >= kLeastBinned;
-  // Short rows share a chunk of keys.
-  const std::size_t step = is_binned ? columns : kChunkNumel / columns * columns;
+  for (std::size_t r = 0; r < columns; ++r) scratch.limits[r] = probability_of_rank(mask, r, columns);
+  // Short rows share a chunk of keys and numbers.
+  const std::size_t step = columns < kChunkNumel ? kChunkNumel / columns * columns : columns;
   Bins bins;
   for (std::size_t begin = loaded_first; begin < end; begin += step) {
     const std::size_t step_end = min_size(begin + step, (end + columns - 1) / columns * columns);
     keys_span(operands, num_models, model, begin - loaded_first, begin, step_end - begin, key, rows, scratch.keys);
-    if (is_binned) {
-      count_bins(scratch.keys, columns, bins);
-      find_limits(mask, columns, bins);
-    }
+    // Numbers of elements [numbers_first, numbers_end), which begins at a multiple of 4.
+    alignas(64) std::uint32_t numbers[kChunkNumel + 64];
+    std::size_t numbers_first = 0;
+    std::size_t numbers_end = 0;
     for (std::size_t row = begin; row < step_end; row += columns) {
-      ranked_row(scratch.keys + (row - begin), columns, row, row > first ? row : first, min_size(row + columns, end),
-                 mask, is_binned ? &bins : nullptr, scratch, first, bits);
+      const std::size_t row_begin = row > first ? row : first;
+      const std::size_t row_end = min_size(row + columns, end);
+      if (row_begin >= row_end) continue;
+      const std::uint32_t* row_keys = scratch.keys + (row - begin);
+      Pending pending{scratch.pending};
+      sort_into_bins(row_keys, columns, is_rising, scratch.codes, bins);
+      skip_elements(scratch.codes, 0, row_begin - row, bins);
+      for (std::size_t element = row_begin; element < row_end;) {
+        if (element >= numbers_end) {
+          numbers_first = element / 4 * 4;
+          numbers_end = min_size(numbers_first + kChunkNumel, min_size(step_end, end));
+          random_numbers(mask.stream, numbers_first / 4, (numbers_end - numbers_first + 3) / 4, numbers);
+        }
+        const std::size_t n = min_size(64, min_size(row_end, numbers_end) - element);
+        const std::uint64_t kept = rank_elements(scratch.codes, numbers + (element - numbers_first), element - row, n,
+                                                 scratch.limits, bins, pending);
+        set_bits(bits, element - first, kept);
+        element += n;
+      }
+      const auto keep = [=](std::size_t index) {
+        const std::size_t position = row + index - first;
+        bits[position / 64] |= std::uint64_t{1} << (position % 64);
+      };
+      if (pending.num > kMostCounted) {
+        settle_by_sorting(row_keys, columns, bins, pending, scratch, keep);
+        continue;
+      }
+      for (std::size_t i = 0; i < pending.num; ++i) {
+        const std::size_t index = Pending::index(pending.items[i]);
+        const std::size_t rank = count_rank(row_keys, columns, index);
+        if (Pending::number(pending.items[i]) < scratch.limits[rank]) keep(index);
+      }
     }
   }
 }

@@ -13,7 +13,7 @@ namespace metagpt_fast::cpu {
 struct Operand;
 
 // Words of bits for the elements of one work item.
-inline constexpr std::size_t kRankedWords = 4096;
+inline constexpr std::size_t kBitsWords = 4096;
 
 // The key of every NaN: above Inf's.
 inline constexpr std::uint32_t kNanKey = 0x7fc00000u;
@@ -33,6 +33,7 @@ struct MaskRule {
   std::uint64_t probabilities[2] = {};
   std::uint64_t stream = 0;
   double value = 0;
+  std::uint64_t* bits = nullptr;  // of the run: what kBits keeps; for other kinds what is kept is written there
 };
 
 // How the models of one tensor are combined.
@@ -54,8 +55,7 @@ struct SparseRun {
   std::size_t first = 0;              // element of the tensor
   std::size_t numel = 0;
   KeyRule key;
-  const MaskRule* masks = nullptr;        // [T]
-  const std::uint64_t* ranked = nullptr;  // [T, kRankedWords] bits: what masks of kind kRanked keep of the run
+  const MaskRule* masks = nullptr;  // [T], none of kind kRanked
 };
 
 // Scratch memory of one thread: rows of kChunkNumel elements, 64-byte aligned.
@@ -74,12 +74,24 @@ struct SparseRows {
 // Scratch memory of one thread for the ranks within a row: [columns] each, keys of kChunkNumel at least.
 struct RankScratch {
   std::uint32_t* keys = nullptr;
+  std::uint16_t* codes = nullptr;
+  std::uint32_t* limits = nullptr;
   std::uint64_t* order[2] = {};
   std::uint64_t* pending = nullptr;  // no more than a work item has elements
 };
 
 // Columns of the moments.
 inline constexpr std::size_t kNumMoments = 6;
+
+// Where keys are, seen from a bracket: where its ends are equal, at_high has those that are equal to both.
+struct KeyCounts {
+  std::uint64_t above = 0;
+  std::uint64_t at_high = 0;
+  std::uint64_t between = 0;
+  std::uint64_t at_low = 0;
+};
+
+inline constexpr std::size_t kScanSlack = 16;
 
 struct SparseKernels {
   // keys[e] of elements [offset, offset + numel) of the operands, which are elements [first, ...) of the tensor.
@@ -100,12 +112,10 @@ struct SparseKernels {
   std::size_t (*elect)(const SparseRun& run, const ElectionRule& rule, const SparseRows& rows, std::byte* out,
                        DType out_dtype);
 
-  // Returns how many of keys[0 .. n) are in [low, high], both below 2^31, and adds to `above` how many are larger.
-  // Where found_keys is not null they are written to it, and first_position + e to found_positions; room for n + 8 in
-  // both.
+  // Counts keys[0 .. n) by a bracket, low <= high < 2^31. Where `found` is not null, the keys between the ends are
+  // written to it; it has room for n + kScanSlack. Returns their number.
   std::size_t (*scan_keys)(const std::uint32_t* keys, std::size_t n, std::uint32_t low, std::uint32_t high,
-                           std::uint32_t first_position, std::uint64_t& above, std::uint32_t* found_keys,
-                           std::uint32_t* found_positions);
+                           KeyCounts& counts, std::uint32_t* found);
 };
 
 }  // namespace metagpt_fast::cpu

@@ -31,6 +31,10 @@ void check_masks(const Layer& layer, const MaskTable& masks) {
   check_keys(layer, masks.key);
   for (std::size_t i = 0; i < layer.num_tensors * layer.num_models(); ++i) {
     if (masks.kinds[i] >= kNumMaskKinds) throw std::invalid_argument("kinds: got an unknown kind of mask");
+    const bool is_whole = masks.kinds[i] == static_cast<int>(MaskKind::kAll);
+    if (masks.bits[i] != 0 && (is_whole || masks.kinds[i] == static_cast<int>(MaskKind::kNear))) {
+      throw std::invalid_argument("bits: got an address for a mask that is not made of bits");
+    }
     const bool is_ranked = masks.kinds[i] == static_cast<int>(MaskKind::kRanked);
     if (is_ranked) check_columns(layer, masks.key, i / layer.num_models());
     for (std::size_t end = 0; end < 2; ++end) {
@@ -77,22 +81,23 @@ SparseScratch::SparseScratch(std::size_t num_operands) : operands_(num_operands)
   rules_.resize(num_models);
 }
 
-const SparseRun& SparseScratch::load_run(const Layer& layer, const MaskTable& masks, const Span& span) {
+const SparseRun& SparseScratch::load_run(const Layer& layer, const MaskTable& masks, const Span& span, bool has_bits) {
   const std::size_t num_models = layer.num_models();
   bool any_ranked = false;
   for (std::size_t t = 0; t < num_models; ++t) {
     const std::size_t entry = span.tensor * num_models + t;
-    rules_[t] = {static_cast<MaskKind>(masks.kinds[entry]),
+    auto* bits = reinterpret_cast<std::uint64_t*>(masks.bits[entry]);
+    rules_[t] = {bits != nullptr && has_bits ? MaskKind::kBits : static_cast<MaskKind>(masks.kinds[entry]),
                  {masks.keys[2 * entry], masks.keys[2 * entry + 1]},
                  {masks.indices[2 * entry], masks.indices[2 * entry + 1]},
                  {masks.probabilities[2 * entry], masks.probabilities[2 * entry + 1]},
                  masks.streams[entry],
-                 masks.values[entry]};
+                 masks.values[entry],
+                 bits == nullptr ? nullptr : bits + span.first / 64};
     any_ranked = any_ranked || rules_[t].kind == MaskKind::kRanked;
   }
-  if (any_ranked) load_ranked(layer, masks, span);
-  run_ = {load(layer, span), num_models,    span.first, span.numel, key_rule(masks.key, span.tensor),
-          rules_.data(),     ranked_.data()};
+  if (any_ranked) rank(layer, masks, span);
+  run_ = {load(layer, span), num_models, span.first, span.numel, key_rule(masks.key, span.tensor), rules_.data()};
   return run_;
 }
 
@@ -102,23 +107,29 @@ std::uint32_t* SparseScratch::key_buffer() {
 }
 
 // Ranks need whole rows: those that the item has parts of are read to their ends.
-void SparseScratch::load_ranked(const Layer& layer, const MaskTable& masks, const Span& span) {
+void SparseScratch::rank(const Layer& layer, const MaskTable& masks, const Span& span) {
   const KeyRule rule = key_rule(masks.key, span.tensor);
   const std::size_t loaded_first = span.first / rule.columns * rule.columns;
   const std::size_t loaded_end = (span.first + span.numel + rule.columns - 1) / rule.columns * rule.columns;
   const Operand* operands = whole_rows_.load(layer, {span.tensor, loaded_first, loaded_end - loaded_first});
-  ranked_.resize(rules_.size() * kRankedWords);
+  bits_.resize(rules_.size() * kBitsWords);
   const std::size_t row_numel = std::max(rule.columns, kChunkNumel);
   if (rank_keys_.size() < row_numel) {
     rank_keys_.resize(row_numel);
+    rank_codes_.resize(row_numel);
+    rank_limits_.resize(row_numel);
     rank_order_.resize(2 * row_numel + std::min(row_numel, kSpanNumel) + 1);
   }
   std::uint64_t* order = rank_order_.data();
-  const RankScratch scratch{rank_keys_.data(), {order, order + row_numel}, order + 2 * row_numel};
+  const RankScratch scratch{
+      rank_keys_.data(), rank_codes_.data(), rank_limits_.data(), {order, order + row_numel}, order + 2 * row_numel};
   for (std::size_t t = 0; t < rules_.size(); ++t) {
-    if (rules_[t].kind != MaskKind::kRanked) continue;
-    kernels().sparse.ranked(operands, rules_.size(), t, loaded_first, span.first, span.numel, rule, rules_[t], rows_,
-                            scratch, &ranked_[t * kRankedWords]);
+    MaskRule& mask = rules_[t];
+    if (mask.kind != MaskKind::kRanked) continue;
+    if (mask.bits == nullptr) mask.bits = &bits_[t * kBitsWords];
+    kernels().sparse.ranked(operands, rules_.size(), t, loaded_first, span.first, span.numel, rule, mask, rows_,
+                            scratch, mask.bits);
+    mask.kind = MaskKind::kBits;
   }
 }
 

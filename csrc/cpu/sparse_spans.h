@@ -31,8 +31,9 @@ class SparseScratch {
   // The item's operands as memory. Throws FileOperandError.
   const Operand* load(const Layer& layer, const Span& span) { return operands_.load(layer, span); }
 
-  // The item with operands and masks; valid until the next call. Throws FileOperandError.
-  const SparseRun& load_run(const Layer& layer, const MaskTable& masks, const Span& span);
+  // The item with operands and masks; valid until the next call. `has_bits`: whether the table's bits are known
+  // already, else they will be written. Throws FileOperandError.
+  const SparseRun& load_run(const Layer& layer, const MaskTable& masks, const Span& span, bool has_bits);
 
   const SparseRows& rows() const { return rows_; }
   // Room for the keys of one item.
@@ -40,7 +41,7 @@ class SparseScratch {
   std::byte* output_buffer(std::size_t nbytes) { return operands_.output_buffer(nbytes); }
 
  private:
-  void load_ranked(const Layer& layer, const MaskTable& masks, const Span& span);
+  void rank(const Layer& layer, const MaskTable& masks, const Span& span);
 
   ThreadScratch operands_;
   ThreadScratch whole_rows_;  // operands of the rows that an item has parts of
@@ -48,9 +49,11 @@ class SparseScratch {
   SparseRows rows_;
   SparseRun run_;
   std::vector<MaskRule> rules_;
-  std::vector<std::uint64_t> ranked_;
+  std::vector<std::uint64_t> bits_;
   std::vector<std::uint32_t> keys_;
   std::vector<std::uint32_t> rank_keys_;
+  std::vector<std::uint16_t> rank_codes_;
+  std::vector<std::uint32_t> rank_limits_;
   std::vector<std::uint64_t> rank_order_;
 };
 

@@ -24,6 +24,24 @@ struct VecF {
     return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
   }
 
+  // Keys are below 2^31: a bit for each that is greater, or equal.
+  MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) {
+    return bits_of(_mm256_cmpgt_epi32(load_keys(keys), _mm256_set1_epi32(static_cast<int>(limit))));
+  }
+  MF_INLINE std::uint32_t equal(const std::uint32_t* keys, std::uint32_t key) {
+    return bits_of(_mm256_cmpeq_epi32(load_keys(keys), _mm256_set1_epi32(static_cast<int>(key))));
+  }
+  // Writes the keys whose bits are set. Returns their number.
+  MF_INLINE std::size_t pack(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {
+    return pack_one_by_one(keys, bits, out);
+  }
+  // A word of ones for each bit that is set.
+  MF_INLINE void expand(std::uint32_t bits, std::uint32_t* out) {
+    const __m256i places = _mm256_set_epi32(128, 64, 32, 16, 8, 4, 2, 1);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), places);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_cmpeq_epi32(set, places));
+  }
+
   template <DType kDType>
   MF_INLINE Reg load_as(const std::byte* p) {
     if constexpr (kDType == DType::kF32) return _mm256_loadu_ps(reinterpret_cast<const float*>(p));
@@ -48,6 +66,14 @@ struct VecF {
       const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0xd8);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
     }
+  }
+
+ private:
+  MF_INLINE __m256i load_keys(const std::uint32_t* keys) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
+  }
+  MF_INLINE std::uint32_t bits_of(__m256i mask) {
+    return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(mask)));
   }
 };
 

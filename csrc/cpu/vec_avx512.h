@@ -24,6 +24,24 @@ struct VecF {
     return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
   }
 
+  // Keys are below 2^31: a bit for each that is greater, or equal.
+  MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) {
+    return _mm512_cmpgt_epu32_mask(_mm512_loadu_si512(keys), broadcast_key(limit));
+  }
+  MF_INLINE std::uint32_t equal(const std::uint32_t* keys, std::uint32_t key) {
+    return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(keys), broadcast_key(key));
+  }
+  // Writes the keys whose bits are set, and up to kLanes of anything. Returns their number.
+  MF_INLINE std::size_t pack(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {
+    const auto mask = static_cast<__mmask16>(bits);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(keys)));
+    return static_cast<std::size_t>(_mm_popcnt_u32(bits));
+  }
+  // A word of ones for each bit that is set.
+  MF_INLINE void expand(std::uint32_t bits, std::uint32_t* out) {
+    _mm512_storeu_si512(out, _mm512_movm_epi32(static_cast<__mmask16>(bits)));
+  }
+
   template <DType kDType>
   MF_INLINE Reg load_as(const std::byte* p) {
     if constexpr (kDType == DType::kF32) return _mm512_loadu_ps(p);
@@ -50,6 +68,9 @@ struct VecF {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
     }
   }
+
+ private:
+  MF_INLINE __m512i broadcast_key(std::uint32_t key) { return _mm512_set1_epi32(static_cast<int>(key)); }
 };
 
 struct VecD {

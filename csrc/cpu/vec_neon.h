@@ -16,6 +16,23 @@ struct VecF {
     return kLanes - vaddvq_u32(vshrq_n_u32(vcltq_f32(vabsq_f32(x), limit), 31));
   }
 
+  // Keys are below 2^31: a bit for each that is greater, or equal.
+  MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) {
+    return bits_of(vcgtq_u32(vld1q_u32(keys), vdupq_n_u32(limit)));
+  }
+  MF_INLINE std::uint32_t equal(const std::uint32_t* keys, std::uint32_t key) {
+    return bits_of(vceqq_u32(vld1q_u32(keys), vdupq_n_u32(key)));
+  }
+  // Writes the keys whose bits are set. Returns their number.
+  MF_INLINE std::size_t pack(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {
+    return pack_one_by_one(keys, bits, out);
+  }
+  // A word of ones for each bit that is set.
+  MF_INLINE void expand(std::uint32_t bits, std::uint32_t* out) {
+    const uint32x4_t places = {1, 2, 4, 8};
+    vst1q_u32(out, vtstq_u32(vdupq_n_u32(bits), places));
+  }
+
   template <DType kDType>
   MF_INLINE Reg load_as(const std::byte* p) {
     Reg x;
@@ -44,6 +61,12 @@ struct VecF {
       const uint16x4_t half = vshrn_n_u32(vbslq_u32(vceqq_f32(x, x), rounded, quiet_nan), 16);
       __builtin_memcpy(p, &half, sizeof(half));
     }
+  }
+
+ private:
+  MF_INLINE std::uint32_t bits_of(uint32x4_t mask) {
+    const uint32x4_t places = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(mask, places));
   }
 };
 

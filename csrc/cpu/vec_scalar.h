@@ -21,6 +21,13 @@ struct VecScalar {
   }
   MF_INLINE unsigned count_not_below(Reg x, Reg limit) { return !((x < 0 ? -x : x) < limit); }
 
+  MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) { return *keys > limit; }
+  MF_INLINE std::uint32_t equal(const std::uint32_t* keys, std::uint32_t key) { return *keys == key; }
+  MF_INLINE std::size_t pack(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {
+    return pack_one_by_one(keys, bits, out);
+  }
+  MF_INLINE void expand(std::uint32_t bits, std::uint32_t* out) { *out = bits != 0 ? ~0u : 0u; }
+
   template <DType kDType>
   MF_INLINE Reg load_as(const std::byte* p) {
     if constexpr (kDType == DType::kF64 || kDType == DType::kF32) {

@@ -82,6 +82,8 @@ class MaskTable:
         values: of near: the largest change.
         row_factors: addresses of float64 ``[numel / columns]``, 0 where unused.
         columns: elements per row: of ranks and row factors.
+        bits: addresses of room for one bit per element, uint64 ``[ceil(numel / 64)]``, or 0; not for kinds 0 and 4. A
+            backend's ``layer_moments`` may write there what is kept, for its ``layer_elect`` to read.
     """
 
     key_kind: int
@@ -93,6 +95,7 @@ class MaskTable:
     values: NDArray[np.float64]  # [K, T]
     row_factors: NDArray[np.uint64]  # [K]
     columns: NDArray[np.int64]  # [K]
+    bits: NDArray[np.uint64]  # [K, T]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ _ALL_KEYS = 0xFFFFFFFF  # above every key
 _LAST_INDEX = np.iinfo(np.int64).max
 _CERTAIN = 1 << 32  # a probability of 1
 _QUARTILES = (0.25, 0.5, 0.75)
+# Kept elements are remembered from measuring to combining, a bit each, for as many tensors as fit in here.
+_MOST_BITS_NBYTES = 1 << 26
 
 
 class KeyKind(enum.IntEnum):
@@ -44,6 +46,9 @@ class _Kind(enum.IntEnum):
     NEAR = 4
 
 
+_MADE_OF_BITS = (_Kind.BAND, _Kind.RANDOM, _Kind.RANKED)
+
+
 class Masks:
     """The masks of all rows: kernels' numbers where they are known, thresholds filled in by ``measure``."""
 
@@ -57,6 +62,8 @@ class Masks:
         self._streams = np.zeros(shape, np.uint64)
         self._values = np.zeros(shape, np.float64)
         self._factors: dict[int, FloatArray] = {}  # KL per row, of KeepImportant
+        self._bits: dict[int, NDArray[np.uint64]] = {}  # [T, words] of a row
+        self._bits_nbytes = 0
         self._rules: list[list[rules.Rule]] = []
         for number, row in enumerate(rows):
             method = cast("SparseMethod", row.method)
@@ -97,6 +104,18 @@ class Masks:
             else:
                 self._measure_importances(backend, part, chosen)
 
+    def remember(self, rows: Sequence[int]) -> None:
+        """Make room for the bits of what these rows keep, as far as there is any."""
+        for number in rows:
+            row = self._rows[number]
+            shape = (row.num_models, -(-row.numel // 64))
+            nbytes = 8 * shape[0] * shape[1]
+            is_made_of_bits = np.isin(self._kinds[number, : row.num_models], _MADE_OF_BITS)
+            if number in self._bits or not is_made_of_bits.any() or self._bits_nbytes + nbytes > _MOST_BITS_NBYTES:
+                continue
+            self._bits[number] = np.empty(shape, np.uint64)
+            self._bits_nbytes += nbytes
+
     def table(self, rows: Sequence[int], num_models: int, key_kind: KeyKind) -> MaskTable:
         """Return the kernels' table for these rows, which rank by the same keys."""
 
@@ -113,12 +132,15 @@ class Masks:
             values=cast("NDArray[np.float64]", part(self._values)),
             row_factors=self._factor_addresses(rows),
             columns=self._columns(rows),
+            bits=self._bit_addresses(rows, num_models),
         )
 
     def forget(self, rows: Sequence[int]) -> None:
         """Free what is large, once the rows are combined."""
         for number in rows:
             self._factors.pop(number, None)
+            bits = self._bits.pop(number, None)
+            self._bits_nbytes -= 0 if bits is None else bits.nbytes
 
     def _enter(self, number: int, t: int, rule: rules.Rule) -> None:
         if isinstance(rule, rules.KeepAll):
@@ -188,6 +210,14 @@ class Masks:
         return backend.layer_threshold(
             layer, self._columns(rows), self._factor_addresses(rows), int(key_kind), np.ascontiguousarray(ranks)
         )
+
+    def _bit_addresses(self, rows: Sequence[int], num_models: int) -> NDArray[np.uint64]:
+        addresses = np.zeros((len(rows), num_models), np.uint64)
+        for k, number in enumerate(rows):
+            for t, bits in enumerate(self._bits.get(number, ())):
+                if self._kinds[number, t] in _MADE_OF_BITS:
+                    addresses[k, t] = bits.ctypes.data
+        return addresses
 
     def _columns(self, rows: Sequence[int]) -> NDArray[np.int64]:
         return np.array([self._rows[number].num_columns for number in rows], np.int64)

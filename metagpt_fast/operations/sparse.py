@@ -43,6 +43,7 @@ class SparseOperation(Operation):
         wanted = [k for k, number in enumerate(rows) if _method(self._rows[number]).needs_moments]
         for key_kind, members in self._by_key_kind(rows, wanted):
             chosen = [rows[k] for k in members]
+            self._masks.remember(chosen)
             masks = self._masks.table(chosen, layer.num_operands - 1, key_kind)
             moments = self._backend.layer_moments(layer.take(members), masks)
             self._moments[chosen, : moments.shape[1]] = moments
