@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -151,6 +152,24 @@ def test_merge_examples_run(line, tmp_path, monkeypatch):
     assert cli.main([*arguments, "--quiet"], prog_name="metagpt-fast", standalone_mode=False) in {None, 0}
     is_dry = "--dry-run" in arguments
     assert (tmp_path / arguments[arguments.index("-o") + 1] / "config.json").exists() != is_dry
+
+
+RECIPES = [
+    pytest.param(body, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, (language, body) in enumerate(FENCE.findall(text_of(page)))
+    if language == "yaml"
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run(recipe, tmp_path, monkeypatch):
+    shape = replace(PRESETS["tiny"].shape, hidden_size=16, intermediate_size=16, num_layers=24, vocab_size=32)
+    make_family(tmp_path, shape=shape, max_shard_nbytes=1 << 20, seed=0)
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+    cli.main(["run", "recipe.yaml", "merged", "--quiet"], prog_name="metagpt-fast", standalone_mode=False)
+    assert (tmp_path / "merged" / "config.json").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
