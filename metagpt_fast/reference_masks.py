@@ -65,7 +65,7 @@ def keys_of(delta: NDArray[Any], rule: KeyRule) -> Keys:
         values = delta.astype(np.float64)
         if rule.kind == VARIANCE:
             # T² times the variance, from differences to the first model: exactly 0 where models agree.
-            differences = values - values[0]
+            differences = values[1:] - values[0]
             total = _sum_in_order(differences)
             values = (len(values) * _sum_in_order(differences * differences) - total * total)[None]
         elif rule.kind == IMPORTANCE:
@@ -150,7 +150,7 @@ def _probabilities(keys: Keys, rule: MaskRule, columns: int) -> NDArray[np.uint6
 
 def _sum_in_order(values: FloatArray) -> FloatArray:
     """Return the sum over the first axis, one addition after the other."""
-    total: FloatArray = values[0]
-    for row in values[1:]:
+    total = np.zeros(values.shape[1])
+    for row in values:
         total = total + row
     return total

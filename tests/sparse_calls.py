@@ -45,7 +45,7 @@ def out_table_of(out: Sequence[HasAddress]) -> OutputTable:
 
 
 class Keys:
-    """What the elements of a layer are ranked by; owns the row factors."""
+    """What the elements of a layer are ranked by; owns the row factors: keep it while masks or calls use them."""
 
     def __init__(
         self, layer: BufferLayer, kind: int = MAGNITUDE, columns: Sequence[int] | None = None, seed: int = 0

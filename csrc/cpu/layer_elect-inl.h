@@ -144,6 +144,46 @@ MF_INLINE ElectChunk find_elect_chunk(const SparseRun& run, const ElectionRule& 
   return kByModels[rule.elects ? 1 : 0][run.num_models - 1];
 }
 
+// Whether all there is to do is base + λ (scale · δ) m for one model with a near mask, as NearSwap has it.
+MF_INLINE bool is_near_alone(const SparseRun& run, const ElectionRule& rule) {
+  return run.num_models == 1 && run.masks[0].kind == MaskKind::kNear && !rule.elects && !rule.normalizes &&
+         !(rule.floor > 0) && rule.uniques[0] == 1;
+}
+
+// That in fp32, in registers: near_mask, masked_terms and finish_chunk in one.
+MF_NOINLINE void near_chunk(const SparseRows& rows, double value, const ElectionRule& rule, std::size_t n,
+                            float* __restrict out) {
+  constexpr std::size_t kStep = 4;
+  const auto* base = row_of<float>(rows.base, 0);
+  const auto* delta_row = row_of<float>(rows.deltas, 0);
+  const F64x4 zero = {};
+  const F64x4 one = zero + 1.0;
+  const F64x4 least = zero + 1e-6;
+  const F64x4 change_limit = zero + value;
+  const F64x4 scale = zero + rule.scales[0];
+  const F64x4 lambda = zero + rule.lambda;
+  const auto choose = [](I64x4 is_first, F64x4 first, F64x4 second) {
+    return (F64x4)(((I64x4)first & is_first) | ((I64x4)second & ~is_first));
+  };
+  for (std::size_t e = 0; e < n; e += kStep) {
+    F32x4 narrow;
+    load_wide(delta_row + e, narrow);
+    const F64x4 delta = __builtin_convertvector(narrow, F64x4);
+    const F64x4 magnitude = (F64x4)((I64x4)delta & 0x7fffffffffffffff);
+    const F64x4 ratio = change_limit / choose(magnitude > least, magnitude, least);
+    const F64x4 positive = choose(ratio > zero, ratio, zero);
+    const F64x4 weight = choose(positive < one, positive, one);
+    const I64x4 is_kept = weight > zero;
+    const F64x4 total = zero + (F64x4)((I64x4)(scale * delta * weight) & is_kept);
+    const F32x4 change = __builtin_convertvector(lambda * total, F32x4);
+    F32x4 origin;
+    load_wide(base + e, origin);
+    const I32x4 is_same = change == F32x4{};
+    const F32x4 sum = origin + change;
+    store_wide(out + e, (I32x4)(((I32x4)origin & is_same) | ((I32x4)sum & ~is_same)));
+  }
+}
+
 // Arithmetic in fp32 has no store of fp64; widening is exact.
 template <class Vec>
 MF_INLINE std::size_t store_merged(const typename Vec::Scalar* merged, std::size_t n, double* wide, std::byte* out,
@@ -168,13 +208,18 @@ std::size_t elect_run(const SparseRun& run, const ElectionRule& rule, const Spar
       unique};
   std::size_t num_nonfinite = 0;
   const ElectChunk fast = find_elect_chunk(run, rule);
+  const bool is_near = is_near_alone(run, rule);
   for (std::size_t offset = 0; offset < run.numel; offset += kChunkNumel) {
     const std::size_t n = min_size(kChunkNumel, run.numel - offset);
     load_deltas<Vec>(run.operands, run.num_models, offset, n, rows);
-    chunk_masks<Scalar>(run, offset, n, rows);
+    if (!is_near || sizeof(Scalar) == 8) chunk_masks<Scalar>(run, offset, n, rows);
     if constexpr (sizeof(Scalar) == 4) {
-      if (fast != nullptr) {
-        fast(rows, rule, n, merged);
+      if (is_near || fast != nullptr) {
+        if (is_near) {
+          near_chunk(rows, run.masks[0].value, rule, n, merged);
+        } else {
+          fast(rows, rule, n, merged);
+        }
         num_nonfinite += store_merged<Vec>(merged, n, sums.terms, out + offset * itemsize(out_dtype), out_dtype);
         continue;
       }
