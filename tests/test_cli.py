@@ -141,7 +141,7 @@ def test_merge_passes_every_option_on(calls):
             "--max-shard-size",
             "1GB",
         ),
-        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite"),
+        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite", "--resume"),
     )
     assert result.exit_code == 0, result.output
     [(_, base, models, out, settings)] = calls
@@ -161,6 +161,7 @@ def test_merge_passes_every_option_on(calls):
         "exclude": "lm_head",
         "measurement": "m.json",
         "overwrite": True,
+        "resume": True,
     }
 
 

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from metagpt_fast import output_target
 from metagpt_fast.dtypes import BF16, F32
 from metagpt_fast.errors import OutputError
 from metagpt_fast.writer import CheckpointWriter, OutputTensor, plan_shards
@@ -182,7 +183,7 @@ def test_nothing_stays_without_finish(tmp_path, name, failure):
         with writer_for(tmp_path / name) as writer:
             writer.add_file("metagpt_fast.json", b"{}")
             (staging,) = tmp_path.iterdir()
-            assert staging.name.startswith(f".{name}.partial-")
+            assert staging.name == f".{name}.partial"
             if failure is not None:
                 raise failure
 
@@ -207,10 +208,11 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
     assert done.returncode == -signal.SIGKILL
     (leftover,) = tmp_path.iterdir()
-    assert leftover.name.startswith(".out.partial-")
-    assert not list(leftover.glob("*.index.json"))
+    assert leftover.name == ".out.partial"
+    assert not list(leftover.rglob("*.index.json"))
     write(tmp_path / "out", small())
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not leftover.exists()
 
 
 def test_overwriting(tmp_path):
@@ -234,14 +236,58 @@ def test_the_old_output_stays_until_the_new_one_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.fixture(params=["exchange", "two renames"])
+def way_to_replace(request, monkeypatch):
+    """Where the system cannot exchange two names, the old output is moved aside for a moment."""
+    if request.param == "two renames":
+        monkeypatch.setattr(output_target, "_exchange", lambda a, b: False)
+    return request.param
+
+
+def test_overwriting_either_way(tmp_path, way_to_replace):
+    out = tmp_path / "out"
+    write(out, small(1), files=[("metagpt_fast.json", b"{}"), ("old.txt", b"")])
+    write(out, small(2), overwrite=True)
+    assert [p.name for p in out.iterdir()] == ["model.safetensors"]
+    assert safetensors.numpy.load_file(out / "model.safetensors")["a"][0, 0] == 2
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_exchange_that_fails_leaves_the_old_output(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+
+    def failing(a, b):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(output_target, "_exchange", failing)
+    with pytest.raises(OutputError, match="Input/output"):
+        write(out, small(2), overwrite=True)
+    assert safetensors.numpy.load_file(out / "model.safetensors")["a"][0, 0] == 1
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_process_killed_between_two_renames(tmp_path):
+    out = tmp_path / "out"
+    write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+    build = tmp_path / ".out.partial"
+    (build / "files").mkdir(parents=True)
+    out.rename(build / "replaced")
+    with pytest.raises(OutputError, match="--overwrite"):
+        write(out, small(2))
+    assert safetensors.numpy.load_file(out / "model.safetensors")["a"][0, 0] == 1
+    assert list(tmp_path.iterdir()) == [out]
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_the_old_output_returns_if_the_rename_fails(tmp_path, monkeypatch, failure):
     out = tmp_path / "out"
     write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+    monkeypatch.setattr(output_target, "_exchange", lambda a, b: False)
     rename = Path.rename
 
     def failing(self, target):
-        if ".partial-" in self.name:
+        if self.name == "files":
             raise failure
         return rename(self, target)
 
@@ -255,11 +301,12 @@ def test_the_old_output_returns_if_the_rename_fails(tmp_path, monkeypatch, failu
 def test_an_interrupt_right_after_the_rename_leaves_the_new_output(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+    monkeypatch.setattr(output_target, "_exchange", lambda a, b: False)
     rename = Path.rename
 
     def interrupted(self, target):
         rename(self, target)
-        if ".partial-" in self.name:
+        if self.name == "files":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "rename", interrupted)
@@ -272,11 +319,12 @@ def test_an_interrupt_right_after_the_rename_leaves_the_new_output(tmp_path, mon
 def test_an_interrupt_right_after_the_old_output_was_moved_brings_it_back(tmp_path, monkeypatch):
     out = tmp_path / "out"
     write(out, small(1), files=[("metagpt_fast.json", b"{}")])
+    monkeypatch.setattr(output_target, "_exchange", lambda a, b: False)
     rename = Path.rename
 
     def interrupted(self, target):
         rename(self, target)
-        if ".replaced-" in target.name:
+        if target.name == "replaced":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "rename", interrupted)
@@ -297,7 +345,7 @@ def test_an_old_output_that_cannot_be_deleted_is_named(tmp_path, monkeypatch, ca
     monkeypatch.setattr("shutil.rmtree", failing)
     write(out, small(2), overwrite=True)
     assert "delete it yourself" in caplog.text
-    assert ".out.replaced-" in caplog.text
+    assert ".out.removing-" in caplog.text
     assert safetensors.numpy.load_file(out / "model.safetensors")["a"][0, 0] == 2
 
 
