@@ -57,6 +57,7 @@ class BuildFolder:
         files: the folder in it that becomes the output.
         journal_path: the journal in it.
         replaced: where an old output is put while the new one takes its place.
+        replaced_record: the same for the record beside a bare file.
         records: what the journal of an interrupted run holds, whose files are still here; else nothing.
 
     Raises:
@@ -69,6 +70,7 @@ class BuildFolder:
         self.files = self.path / "files"
         self.journal_path = self.path / "journal"
         self.replaced = self.path / "replaced"
+        self.replaced_record = self.path / "replaced_record"
         self._target = target
         self._lock_fd = self._lock()
         try:
@@ -86,7 +88,7 @@ class BuildFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run left, and begin anew."""
-        for path in (self.journal_path, self.files, self.replaced):
+        for path in (self.journal_path, self.files, self.replaced, self.replaced_record):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -295,16 +295,11 @@ def measure_command(
         metagpt-fast merge base chat math -o merged --measurement measured.json
     """  # noqa: D301
     from .console import print_json, print_warnings
-    from .measurement import check_writable
     from .merging import measure
     from .progress import open_progress
 
-    if out is not None:
-        check_writable(out)
     with open_progress(quiet=quiet) as progress:
-        measurement = measure(base, list(models), progress=progress, **settings)
-    if out is not None:
-        measurement.save(out)
+        measurement = measure(base, list(models), out=out, progress=progress, **settings)
     if as_json:
         print_json(measurement.to_dict())
         print_warnings(measurement.warnings())

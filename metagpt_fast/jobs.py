@@ -52,10 +52,17 @@ def load_gram(plan: MergePlan, measurement: str | Path | None, fingerprints: Fin
     if measurement is None or not plan.recipe.method.uses_measurement:
         return None
     if not os.path.lexists(measurement):
-        check_writable(measurement)
+        check_writable(measurement, measurement_nbytes(plan, fingerprints))
         return None
     names = [tensor.name for tensor in plan.merged]
     return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
+
+
+def measurement_nbytes(plan: MergePlan, fingerprints: Fingerprints) -> int:
+    """Return at least the bytes that a saved measurement of this plan takes."""
+    num_products = (len(plan.models) + 1) * (len(plan.models) + 2) // 2
+    tensors = sum(200 + 6 * len(tensor.name) + 40 * num_products for tensor in plan.merged)
+    return tensors + 4096 * len(plan.checkpoints) + 100 * num_products + 2 * len(json.dumps(fingerprints, indent=4))
 
 
 def measurement_of(plan: MergePlan, gram: FloatArray, fingerprints: Fingerprints) -> Measurement:

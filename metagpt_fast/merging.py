@@ -13,9 +13,9 @@ from .backends import make_backend
 from .checkpoint import open_checkpoint
 from .errors import PlanError
 from .input_files import IO_CHOICES, InputFiles
-from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_of
+from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
-from .measurement import Measurement
+from .measurement import Measurement, check_writable
 from .plan import MergePlan, input_paths, make_plan
 from .plan_checks import exclude_hint
 from .quantities import parse_nbytes
@@ -283,9 +283,13 @@ def measure(
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
+    out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Measure task vectors: one read of base and models, nothing written.
+    """Measure task vectors: one read of base and models.
+
+    For the arguments see :func:`merge`; ``out`` is a file to save the measurement to, and that it can be written is
+    found out before the work begins.
 
     Returns:
         The Gram matrix of ``[θ₀, τ_1 ... τ_T]`` per tensor, with norms, cosines and MetaGPT's coefficients; ``save``
@@ -293,9 +297,12 @@ def measure(
 
     Raises:
         CheckpointError, PlanError, RecipeError, DataError, BackendError: as :func:`merge`.
+        MeasurementError: ``out`` cannot be written.
     """
     plan = _open_and_plan(make_recipe(base, models, exclude=exclude))
     fingerprints = fingerprints_of(plan)
+    if out is not None:
+        check_writable(out, measurement_nbytes(plan, fingerprints))
     chosen = make_backend(backend)
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
@@ -303,7 +310,10 @@ def measure(
     assert layers.gram is not None  # it has just been measured
     trust.sum_of(layers.gram, plan.base.path)
     check_unchanged(plan, fingerprints)
-    return measurement_of(plan, layers.gram, fingerprints)
+    measurement = measurement_of(plan, layers.gram, fingerprints)
+    if out is not None:
+        measurement.save(out)
+    return measurement
 
 
 def check_buffers(plan: MergePlan, files: InputFiles) -> None:

@@ -124,19 +124,52 @@ def publish_folder(build: BuildFolder, target: Path, *, overwrite: bool) -> None
 
 
 def publish_file(build: BuildFolder, target: Path, *, overwrite: bool) -> None:
-    """Move every file to its place beside ``target``, the weights last."""
+    """Move every file to its place beside ``target``. At no moment is a record beside weights of another merge."""
     check_replaceable(target, overwrite=overwrite, is_publishing=True)
     with os_errors(target, "cannot move the finished output to its place"):
+        if _exists(target):
+            _replace_file(build, target)
+            return
         moved: list[Path] = []
         try:
+            # The weights last: while they are not there, there is no output.
             for path in sorted(build.files.iterdir(), key=lambda path: path.name == target.name):
                 path.replace(target.with_name(path.name))
                 moved.append(path)
-        except OSError:
+        except BaseException:
             for path in moved:
                 with suppress(OSError):
                     target.with_name(path.name).replace(path)
             raise
+
+
+def restore_record(build: BuildFolder, target: Path) -> None:
+    """Bring back what ``publish_file`` has put aside of an output that it did not replace."""
+    if build.replaced_record.is_dir():
+        for path in build.replaced_record.iterdir():
+            path.replace(target.with_name(path.name))
+        build.replaced_record.rmdir()
+
+
+def _replace_file(build: BuildFolder, target: Path) -> None:
+    """Put the old record aside, then replace the weights, then bring the new record."""
+    new = build.files / target.name
+    side_files = [path for path in build.files.iterdir() if path != new]
+    identity = _identity(new)
+    build.replaced_record.mkdir(exist_ok=True)
+    try:
+        for path in side_files:
+            with suppress(FileNotFoundError):
+                target.with_name(path.name).replace(build.replaced_record / path.name)
+        if not _exchange(new, target):
+            new.replace(target)
+        for path in side_files:
+            path.replace(target.with_name(path.name))
+    except BaseException:
+        # Where names cannot be exchanged, the old weights are gone by now, and the new ones stay without a record.
+        if _identity(target) != identity or (new.exists() and _exchange(new, target)):
+            restore_record(build, target)
+        raise
 
 
 def _exchange(a: Path, b: Path) -> bool:

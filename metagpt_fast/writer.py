@@ -23,6 +23,7 @@ from .output_target import (
     publish_file,
     publish_folder,
     real_target,
+    restore_record,
     side_file,
 )
 from .recorder import Recorder
@@ -194,6 +195,8 @@ class CheckpointWriter:
         """Make the files of a new job, or open those of an interrupted one."""
         if self._is_published():
             self._build.clear()  # the interrupted run had nothing left to do
+        else:
+            restore_record(self._build, self._target)
         records = self._build.records
         if self._has_progress():
             self._check_continuable(records[0].get("job"))

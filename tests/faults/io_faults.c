@@ -172,26 +172,26 @@ int posix_fallocate64(int fd, off64_t offset, off64_t nbytes) {
 
 int posix_fallocate(int fd, off_t offset, off_t nbytes) { return posix_fallocate64(fd, offset, nbytes); }
 
-#define ON_FD(name, kind, after)                            \
-  int name(int fd) {                                        \
-    char path[PATH_MAX];                                    \
-    const int is_ours = path_of(fd, path);                  \
-    const int fault = is_ours ? count(kind) : 0;            \
-    if (fault > 0) return errno = fault, -1;                \
-    const int result = NEXT(#name, int (*)(int))(fd);       \
+#define ON_FD(name, kind, after)                                                 \
+  int name(int fd) {                                                             \
+    char path[PATH_MAX];                                                         \
+    const int is_ours = path_of(fd, path);                                       \
+    const int fault = is_ours ? count(kind) : 0;                                 \
+    if (fault > 0) return errno = fault, -1;                                     \
+    const int result = NEXT(#name, int (*)(int))(fd);                            \
     if (is_ours && result == 0 && atomic_load(&mode) == kPowerLoss) after(path); \
-    return result;                                          \
+    return result;                                                               \
   }
 
 ON_FD(fsync, kSync, synced)
 ON_FD(fdatasync, kSync, synced)
 
-#define ON_FD_SIZE(name)                                             \
-  int name(int fd, off_t nbytes) {                                   \
-    char path[PATH_MAX];                                             \
+#define ON_FD_SIZE(name)                                    \
+  int name(int fd, off_t nbytes) {                          \
+    char path[PATH_MAX];                                    \
     const int fault = path_of(fd, path) ? count(kName) : 0; \
-    if (fault > 0) return errno = fault, -1;                         \
-    return NEXT(#name, int (*)(int, off_t))(fd, nbytes);             \
+    if (fault > 0) return errno = fault, -1;                \
+    return NEXT(#name, int (*)(int, off_t))(fd, nbytes);    \
   }
 
 ON_FD_SIZE(ftruncate)
@@ -225,14 +225,14 @@ int mkdir(const char* path, mode_t permissions) {
   return NEXT("mkdir", int (*)(const char*, mode_t))(path, permissions);
 }
 
-#define OPEN(name)                                                              \
-  int name(const char* path, int flags, ...) {                                  \
-    va_list rest;                                                               \
-    va_start(rest, flags);                                                      \
-    const mode_t permissions = flags & O_CREAT ? va_arg(rest, mode_t) : 0;      \
-    va_end(rest);                                                               \
-    const int fault = flags & O_CREAT ? name_fault(kCreate, path) : 0;                   \
-    if (fault > 0) return errno = fault, -1;                                    \
+#define OPEN(name)                                                                \
+  int name(const char* path, int flags, ...) {                                    \
+    va_list rest;                                                                 \
+    va_start(rest, flags);                                                        \
+    const mode_t permissions = flags & O_CREAT ? va_arg(rest, mode_t) : 0;        \
+    va_end(rest);                                                                 \
+    const int fault = flags & O_CREAT ? name_fault(kCreate, path) : 0;            \
+    if (fault > 0) return errno = fault, -1;                                      \
     return NEXT(#name, int (*)(const char*, int, ...))(path, flags, permissions); \
   }
 
