@@ -53,8 +53,7 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Call ``command``, which ends by SystemExit, and leave with its status.
 
     SIGTERM and SIGHUP leave through the ``with`` blocks, which remove partial output, or say how to go on with it. A
-    reader of stdout that left,
-    as ``| head`` does, is no error and gets no message at shutdown.
+    reader of stdout that left, as ``| head`` does, is no error and gets no message at shutdown.
     """
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _terminate)

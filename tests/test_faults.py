@@ -6,11 +6,13 @@ import errno
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from .faults import full_disk
-from .faults.campaign import MERGES, ROOT, Campaign, compiler
+from .faults.campaign import MERGES, ROOT, Campaign, compiler, quick_folder
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -18,10 +20,11 @@ FEW = 3
 
 
 @pytest.fixture(scope="module")
-def campaign(tmp_path_factory):
-    campaign = Campaign(tmp_path_factory.mktemp("faults"))
-    yield campaign
-    campaign.close()
+def campaign():
+    with tempfile.TemporaryDirectory(dir=quick_folder()) as folder:
+        campaign = Campaign(Path(folder))
+        yield campaign
+        campaign.close()
 
 
 @pytest.mark.parametrize("name", MERGES)
