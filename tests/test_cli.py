@@ -176,6 +176,8 @@ def test_the_commands_settings_and_defaults_are_the_functions(command, monkeypat
     run(command, "base", "chat", "-o", "out")
     assert passed.pop("progress") is not None
     defaults.pop("progress")
+    if defaults.pop("out", "required") is None:
+        assert passed.pop("out") == "out"
     assert passed == defaults
 
 
