@@ -104,6 +104,9 @@ def cli() -> None:
 )
 @option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
 @option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
+@option(
+    "Output", "--resume", is_flag=True, help="Go on with the same merge to OUT if it was interrupted; else begin it."
+)
 @option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan, write nothing.")
 @option(
     "Method",
@@ -217,6 +220,9 @@ def merge_command(
 @click.argument("out", metavar="OUT")
 @option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
 @option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
+@option(
+    "Output", "--resume", is_flag=True, help="Go on with the same merge to OUT if it was interrupted; else begin it."
+)
 @option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan tensor by tensor, write nothing.")
 @speed_options
 @display_options
@@ -289,16 +295,11 @@ def measure_command(
         metagpt-fast merge base chat math -o merged --measurement measured.json
     """  # noqa: D301
     from .console import print_json, print_warnings
-    from .measurement import check_writable
     from .merging import measure
     from .progress import open_progress
 
-    if out is not None:
-        check_writable(out)
     with open_progress(quiet=quiet) as progress:
-        measurement = measure(base, list(models), progress=progress, **settings)
-    if out is not None:
-        measurement.save(out)
+        measurement = measure(base, list(models), out=out, progress=progress, **settings)
     if as_json:
         print_json(measurement.to_dict())
         print_warnings(measurement.warnings())

@@ -36,7 +36,7 @@ class ReportingGroup(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, StdoutError):
             raise
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             is_debugging = os.environ.get("METAGPT_FAST_DEBUG", "0") not in {"", "0"}
             if is_debugging and isinstance(error, Exception):
                 raise
@@ -52,8 +52,8 @@ def remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bo
 def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Call ``command``, which ends by SystemExit, and leave with its status.
 
-    SIGTERM and SIGHUP leave through the ``with`` blocks, which remove partial output. A reader of stdout that left,
-    as ``| head`` does, is no error and gets no message at shutdown.
+    SIGTERM and SIGHUP leave through the ``with`` blocks, which remove partial output, or say how to go on with it. A
+    reader of stdout that left, as ``| head`` does, is no error and gets no message at shutdown.
     """
     _open_standard_streams()
     signal.signal(signal.SIGTERM, _terminate)
@@ -78,6 +78,15 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
         except StdoutError as error:
             _fail_on_stdout(error)
     sys.exit(0)
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP has come; ``code`` is the status that a shell expects."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.code: int = 128 + signum
+        self.args = ()  # what a merge has to say about it
 
 
 class StdoutError(OSError):
@@ -127,14 +136,18 @@ def _open_standard_streams() -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+    raise Terminated(signum)
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Print the message for ``error`` and return the exit status."""
-    if isinstance(error, KeyboardInterrupt):
-        click.echo("interrupted: no unfinished output was left behind", err=True)
-        return EXIT_INTERRUPTED
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        what, status = "interrupted", EXIT_INTERRUPTED
+        if isinstance(error, Terminated):
+            what, status = f"stopped by {signal.Signals(error.code - 128).name}", error.code
+        left = error.args[0] if error.args else "no unfinished output was left behind"
+        click.echo(f"{what}: {left}", err=True)
+        return status
     from .console import print_error, print_json, print_message
 
     if isinstance(error, MetagptFastError):

@@ -28,6 +28,11 @@ class MetagptFastError(Exception):
         self.hint = hint
         super().__init__(self._message())
 
+    def add_hint(self, hint: str) -> None:
+        """Add to what the user can do."""
+        self.hint = hint if self.hint is None else f"{self.hint}; {hint}"
+        self.args = (self._message(),)
+
     def _message(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         facts = []

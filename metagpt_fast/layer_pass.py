@@ -14,6 +14,7 @@ from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
 from .measurement import norms_of
 from .operations import make_operation
+from .pass_journal import PassJournal
 from .schedule import Batch, Piece, Step, make_schedule
 from .untrusted import brief
 
@@ -58,8 +59,6 @@ class LayerPass:
         gram: the Gram matrix of ``[θ₀, τ_1 ... τ_T]`` of every merged tensor, float64 ``[N, T+1, T+1]``; None if
             the method measures none, or combines models without a base.
         coefficients: of every merged tensor, float64 ``[N, T]``, NaN until solved.
-        num_unchanged: tensors copied because no model changed them.
-        num_nonfinite: output tensor name → elements that overflowed to Inf in the output dtype.
         nbytes_read, nbytes_written: bytes of tensors read from files (once, where combining follows measuring at once)
             and written.
         seconds_measure, seconds_combine: wall time per kind of step.
@@ -81,9 +80,8 @@ class LayerPass:
         self._window_nbytes = window_nbytes
         self._progress = progress
         self._operation = make_operation([tensor.row for tensor in plan.merged], backend, gram)
+        self._journal = PassJournal(plan.merged, self._operation)
         self._is_measured = gram is not None
-        self.num_unchanged = 0
-        self.num_nonfinite: dict[str, int] = {}
         self.nbytes_read = 0
         self.nbytes_written = 0
         self.seconds_measure = 0.0
@@ -91,6 +89,21 @@ class LayerPass:
         # Layer by layer, combining finds the bytes in memory; over the whole model it reads the files (again).
         self._is_second_read = not self._operation.needs_measurement or plan.recipe.granularity == "model"
         self._scope_of_row = np.repeat(np.arange(len(plan.scopes)), [len(scope.tensors) for scope in plan.scopes])
+
+    @property
+    def num_unchanged(self) -> int:
+        """Return how many tensors were copied because no model changed them."""
+        return len(self._journal.unchanged)
+
+    @property
+    def num_nonfinite(self) -> dict[str, int]:
+        """Return output tensor name → elements that overflowed to Inf in the output dtype."""
+        return self._journal.num_nonfinite
+
+    @property
+    def num_resumed(self) -> int:
+        """Return how many tensors were there already, written by the run that this one resumes."""
+        return self._journal.num_resumed
 
     @property
     def coefficients(self) -> FloatArray:
@@ -144,12 +157,19 @@ class LayerPass:
             combine=True,
             is_cuttable=self._operation.is_cuttable,
         )
-        self._run(steps, writer)
+        self._run(self._journal.remaining(steps, self._scope_of_row, writer), writer)
+
+    def resume(self, writer: CheckpointWriter) -> None:
+        """Take over what the run that ``writer`` resumes has done; call it first."""
+        self._journal.restore(writer)
+        self._is_measured = self._is_measured or (self._operation.needs_measurement and bool(self._journal.measured))
 
     def copy(self, writer: CheckpointWriter) -> None:
         """Write the tensors that the plan takes from the base as they are."""
         for tensor in self._plan.copied:
-            self._copy(tensor, writer)
+            if not writer.is_written(tensor.name):
+                self._copy(tensor, writer)
+                writer.record({}, [tensor.name])
 
     def _run(self, steps: Sequence[Step], writer: CheckpointWriter | None) -> None:
         batches = [step.batch for step in steps]
@@ -168,10 +188,13 @@ class LayerPass:
             phase.begin(step)
             if step.action == "measure":
                 self._measure(step.batch)
+                if writer is not None:
+                    self._journal.add_measured(step.batch.pieces, writer)
                 self.seconds_measure += time.perf_counter() - started
             else:
                 assert writer is not None  # a schedule with combining steps is run with a writer only
                 self._combine(step.batch, writer)
+                self._journal.add_written(step.batch.pieces, writer)
                 self.seconds_combine += time.perf_counter() - started
             if coming is not step.batch:
                 self._files.release(step.batch.ranges)
@@ -207,7 +230,7 @@ class LayerPass:
             if self._is_unchanged(piece):
                 if piece.first == 0:
                     self._copy(piece.tensor, writer)
-                    self.num_unchanged += 1
+                    self._journal.unchanged.add(piece.tensor.name)
             else:
                 merged.append(piece)
         for pieces in _alike(merged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -114,9 +115,12 @@ class Measurement:
         """
         path = Path(path)
         check_writable(path)
-        staging = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+        staging = _staging(path)
         try:
-            staging.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+            with staging.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(self.to_dict(), indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             staging.replace(path)
         except OSError as error:
             raise MeasurementError(f"cannot write the measurement ({error.strerror})", where=path) from error
@@ -162,8 +166,8 @@ class Measurement:
         return selected
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise MeasurementError unless a measurement can be saved under this name."""
+def check_writable(path: str | Path, nbytes: int = 0) -> None:
+    """Raise MeasurementError unless a measurement of this size can be saved under this name."""
     path = Path(path)
     folder = path.parent
     if path.is_dir():
@@ -174,9 +178,33 @@ def check_writable(path: str | Path) -> None:
         problem, hint = f"no permission to write in {folder}", "choose another place"
     elif os.path.lexists(path) and not _may_be_replaced(path):
         problem, hint = "it exists and is not a measurement", "choose another name"
+    elif (error := _try_to_write(path, nbytes)) is not None:
+        problem, hint = str(error.strerror), "choose another place"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            hint = f"free some space, or {hint}"
     else:
         return
     raise MeasurementError(f"cannot write the measurement ({problem})", where=path, hint=hint)
+
+
+def _try_to_write(path: Path, nbytes: int) -> OSError | None:
+    """Make a file of this size beside ``path`` and delete it again: only that shows a full disk or quota."""
+    probe = _staging(path)
+    try:
+        with probe.open("xb") as file:
+            if nbytes:
+                file.write(bytes(nbytes))  # not posix_fallocate, which not all file systems have
+                file.flush()
+                os.fsync(file.fileno())  # some know only now
+    except OSError as error:
+        return error
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
 
 
 def _may_be_replaced(path: Path) -> bool:

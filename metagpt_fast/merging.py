@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
 from .checkpoint import open_checkpoint
-from .errors import DataError, PlanError
+from .errors import PlanError
 from .input_files import IO_CHOICES, InputFiles
+from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
 from .plan import MergePlan, input_paths, make_plan
@@ -28,11 +25,6 @@ from .report import MergeReport
 from .reporting import make_report
 from .untrusted import brief
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    FloatArray = NDArray[np.float64]
 
 DEFAULT_MEMORY = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
@@ -60,6 +52,7 @@ def merge(
     exclude: str | None = None,
     measurement: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge checkpoints that were fine-tuned from one base, and write the result.
@@ -90,6 +83,7 @@ def merge(
         exclude: regular expression; tensors whose name it finds are taken from the base.
         measurement: file that keeps the Gram matrices: read if it exists (a stale one is refused), else written.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
+        resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -127,6 +121,7 @@ def merge(
         max_shard_size=max_shard_size,
         measurement=measurement,
         overwrite=overwrite,
+        resume=resume,
         progress=progress,
     )
 
@@ -141,6 +136,7 @@ def run(
     io: str = "auto",
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge what a recipe says: a YAML file in mergekit's configuration language (docs/recipes.md).
@@ -154,6 +150,7 @@ def run(
         io: ``mmap``, ``pread``, or ``auto``.
         max_shard_size: size of an output file.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
+        resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -175,6 +172,7 @@ def run(
         max_shard_size=max_shard_size,
         measurement=None,
         overwrite=overwrite,
+        resume=resume,
         progress=progress,
     )
 
@@ -191,23 +189,26 @@ def _carry_out(
     max_shard_size: str | int,
     measurement: str | Path | None,
     overwrite: bool,
+    resume: bool,
     progress: Progress | None,
 ) -> MergeReport:
     """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
     companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
-    fingerprints = _fingerprints(plan)
-    gram = _load_gram(plan, measurement, fingerprints)
+    fingerprints = fingerprints_of(plan)
+    gram = load_gram(plan, measurement, fingerprints)
 
     chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         check_buffers(plan, files)
         layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
-        with CheckpointWriter(target, shards, overwrite=overwrite) as writer:
+        job = job_of(plan, shards, fingerprints, gram, chosen.name)
+        with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
+            layers.resume(writer)
             layers.copy(writer)
             layers.merge(writer)
-            _check_unchanged(plan, fingerprints)
+            check_unchanged(plan, fingerprints)
             report = make_report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
             for name, content in companions:
                 writer.add_file(name, content)
@@ -216,7 +217,7 @@ def _carry_out(
             writer.add_file("metagpt_fast.json", report_json(report).encode())
             writer.finish()
     if measurement is not None and gram is None and layers.gram is not None:
-        _measurement(plan, layers.gram, fingerprints).save(measurement)
+        measurement_of(plan, layers.gram, fingerprints).save(measurement)
     return report
 
 
@@ -282,9 +283,13 @@ def measure(
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
+    out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
-    """Measure task vectors: one read of base and models, nothing written.
+    """Measure task vectors: one read of base and models.
+
+    For the arguments see :func:`merge`; ``out`` is a file to save the measurement to, and that it can be written is
+    found out before the work begins.
 
     Returns:
         The Gram matrix of ``[θ₀, τ_1 ... τ_T]`` per tensor, with norms, cosines and MetaGPT's coefficients; ``save``
@@ -292,17 +297,23 @@ def measure(
 
     Raises:
         CheckpointError, PlanError, RecipeError, DataError, BackendError: as :func:`merge`.
+        MeasurementError: ``out`` cannot be written.
     """
     plan = _open_and_plan(make_recipe(base, models, exclude=exclude))
-    fingerprints = _fingerprints(plan)
+    fingerprints = fingerprints_of(plan)
+    if out is not None:
+        check_writable(out, measurement_nbytes(plan, fingerprints))
     chosen = make_backend(backend)
     with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
     trust.sum_of(layers.gram, plan.base.path)
-    _check_unchanged(plan, fingerprints)
-    return _measurement(plan, layers.gram, fingerprints)
+    check_unchanged(plan, fingerprints)
+    measurement = measurement_of(plan, layers.gram, fingerprints)
+    if out is not None:
+        measurement.save(out)
+    return measurement
 
 
 def check_buffers(plan: MergePlan, files: InputFiles) -> None:
@@ -334,42 +345,6 @@ def _shard_paths(plan: MergePlan) -> Iterator[Path]:
     for checkpoint in plan.checkpoints:
         for shard in checkpoint.shards:
             yield shard.path
-
-
-def _fingerprints(plan: MergePlan) -> tuple[list[dict[str, Any]], ...]:
-    return tuple(checkpoint.fingerprint() for checkpoint in plan.checkpoints)
-
-
-def _check_unchanged(plan: MergePlan, fingerprints: Sequence[list[dict[str, Any]]]) -> None:
-    """Raise if a file was replaced while it was read; ``fingerprint`` itself raises if size or time changed."""
-    for checkpoint, before in zip(plan.checkpoints, fingerprints, strict=True):
-        if checkpoint.fingerprint() != before:
-            raise DataError("the files changed while they were read", where=checkpoint.path)
-
-
-def _load_gram(
-    plan: MergePlan, measurement: str | Path | None, fingerprints: Sequence[list[dict[str, Any]]]
-) -> FloatArray | None:
-    if measurement is None or not plan.recipe.method.uses_measurement:
-        return None
-    if not os.path.lexists(measurement):
-        check_writable(measurement)
-        return None
-    names = [tensor.name for tensor in plan.merged]
-    return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
-
-
-def _measurement(plan: MergePlan, gram: FloatArray, fingerprints: tuple[list[dict[str, Any]], ...]) -> Measurement:
-    return Measurement(
-        base=str(plan.base.path),
-        models=tuple(str(model.path) for model in plan.models),
-        labels=plan.labels,
-        names=tuple(tensor.name for tensor in plan.merged),
-        numels=np.array([tensor.numel for tensor in plan.merged], np.int64),
-        layers=tuple(tensor.layer for tensor in plan.merged),
-        gram=gram,
-        fingerprints=fingerprints,
-    )
 
 
 def _window_nbytes(memory: str | int) -> int:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
-import glob
-import logging
 import os
-import secrets
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .build_folder import BuildFolder, build_path, nbytes_allocated, was_publishing
 from .errors import OutputError
 from .quantities import format_nbytes
 
-_logger = logging.getLogger(__name__)
-
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 # Folders that a model folder may hold; any other says that it holds more than a model.
 _KNOWN_SUBFOLDERS = frozenset({".cache", "additional_chat_templates"})
 _HINTS = {
@@ -79,19 +77,20 @@ def check_target(target: Path, *, nbytes_needed: int, inputs: Sequence[Path], ov
         real = real_target(target)
         _check_apart_from_inputs(real, inputs)
         _check_parent(real)
-        check_replaceable(real, overwrite=overwrite)
+        check_replaceable(real, overwrite=overwrite, is_publishing=is_file_target(real) and was_publishing(real))
         _check_space(real, nbytes_needed)
 
 
-def check_replaceable(target: Path, *, overwrite: bool) -> None:
+def check_replaceable(target: Path, *, overwrite: bool, is_publishing: bool = False) -> None:
     """Refuse a target, as ``real_target`` returns it, that exists and is not to be replaced.
 
     Without ``overwrite`` only an empty folder may be there. With it also a folder that looks like a model and
     like nothing else: what is replaced is deleted, and a mistyped path must not cost the user other files.
+    ``is_publishing``: an interrupted merge may have put the first file of this output in its place already.
     """
     if is_file_target(target):
-        for path in (target, side_file(target, "metagpt_fast.json")):
-            _check_file(path, overwrite)
+        _check_file(target, overwrite)
+        _check_file(side_file(target, "metagpt_fast.json"), overwrite or is_publishing)
     elif target.is_dir():
         _check_folder(target, overwrite)
     elif _exists(target):
@@ -102,43 +101,91 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def publish_folder(staging: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename the finished folder ``staging`` to ``target``; an old output is moved aside and deleted last."""
+def publish_folder(build: BuildFolder, target: Path, *, overwrite: bool) -> None:
+    """Rename the finished folder to ``target``; an old output takes its place, and is deleted with it."""
     check_replaceable(target, overwrite=overwrite)
     with os_errors(target, "cannot move the finished output to its place"):
         if not target.is_dir():
-            staging.rename(target)
+            build.files.rename(target)
             return
-        shutil.copymode(target, staging)
+        shutil.copymode(target, build.files)
         if not any(target.iterdir()):
-            staging.rename(target)
+            build.files.rename(target)
             return
-        aside = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
+        if _exchange(build.files, target):
+            return
         try:
-            target.rename(aside)
-            staging.rename(target)
+            target.rename(build.replaced)
+            build.files.rename(target)
         finally:
             # Also after Ctrl-C, which may come on either side of both renames.
             if not target.exists():
-                aside.rename(target)
-            elif aside.exists():
-                _remove_replaced(aside)
+                build.replaced.rename(target)
 
 
-def publish_file(staging: Path, target: Path, *, overwrite: bool) -> None:
-    """Move every file of the folder ``staging`` to its place beside ``target``, the weights last."""
-    check_replaceable(target, overwrite=overwrite)
+def publish_file(build: BuildFolder, target: Path, *, overwrite: bool) -> None:
+    """Move every file to its place beside ``target``. At no moment is a record beside weights of another merge."""
+    check_replaceable(target, overwrite=overwrite, is_publishing=True)
     with os_errors(target, "cannot move the finished output to its place"):
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == target.name):
+        if _exists(target):
+            _replace_file(build, target)
+            return
+        moved: list[Path] = []
+        try:
+            # The weights last: while they are not there, there is no output.
+            for path in sorted(build.files.iterdir(), key=lambda path: path.name == target.name):
+                path.replace(target.with_name(path.name))
+                moved.append(path)
+        except BaseException:
+            for path in moved:
+                with suppress(OSError):
+                    target.with_name(path.name).replace(path)
+            raise
+
+
+def restore_record(build: BuildFolder, target: Path) -> None:
+    """Bring back what ``publish_file`` has put aside of an output that it did not replace."""
+    if build.replaced_record.is_dir():
+        for path in build.replaced_record.iterdir():
             path.replace(target.with_name(path.name))
-        staging.rmdir()
+        build.replaced_record.rmdir()
 
 
-def _remove_replaced(aside: Path) -> None:
+def _replace_file(build: BuildFolder, target: Path) -> None:
+    """Put the old record aside, then replace the weights, then bring the new record."""
+    new = build.files / target.name
+    side_files = [path for path in build.files.iterdir() if path != new]
+    identity = _identity(new)
+    build.replaced_record.mkdir(exist_ok=True)
     try:
-        shutil.rmtree(aside)
-    except OSError as error:
-        _logger.warning("%s: the replaced output could not be deleted (%s); delete it yourself", aside, error)
+        for path in side_files:
+            with suppress(FileNotFoundError):
+                target.with_name(path.name).replace(build.replaced_record / path.name)
+        if not _exchange(new, target):
+            new.replace(target)
+        for path in side_files:
+            path.replace(target.with_name(path.name))
+    except BaseException:
+        # Where names cannot be exchanged, the old weights are gone by now, and the new ones stay without a record.
+        if _identity(target) != identity or (new.exists() and _exchange(new, target)):
+            restore_record(build, target)
+        raise
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders swap their names in one step; returns whether the system can."""
+    import ctypes  # not at the top: most merges replace nothing
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+        return False
+    raise OSError(code, os.strerror(code))
 
 
 def _check_apart_from_inputs(target: Path, inputs: Sequence[Path]) -> None:
@@ -207,14 +254,14 @@ def _check_parent(target: Path) -> None:
 
 def _check_space(target: Path, nbytes_needed: int) -> None:
     free = free_nbytes(target.parent)
-    if free is None or free >= nbytes_needed:
+    if free is None:
+        return
+    free += nbytes_allocated(build_path(target))  # of an interrupted merge, which is continued or deleted
+    if free >= nbytes_needed:
         return
     hint = "free some space or choose another disk with -o"
     if _exists(target) and (is_file_target(target) or any(target.iterdir())):
         hint += "; the old output does not count as free, because it is deleted only after the new one is whole"
-    leftovers = sorted(target.parent.glob(f".{glob.escape(target.name)}.partial-*"))
-    if leftovers:
-        hint += f"; an interrupted merge left {', '.join(map(str, leftovers))}, which you can delete"
     raise OutputError(
         "too little free space for the output",
         where=target.parent,

@@ -48,6 +48,7 @@ class MergeReport:
         num_threads: threads used.
         io: ``mmap`` or ``pread``.
         measurement_reused: whether the Gram matrices came from a file.
+        num_resumed: tensors that an interrupted run had written; bytes read and written are then those of the last run.
         fingerprints: per path, what identifies the input files.
         versions: of this package, Python and NumPy.
         shards: the names of the output's safetensors files.
@@ -85,6 +86,7 @@ class MergeReport:
     versions: dict[str, str]
     shards: tuple[str, ...]
     recipe: str | None = None
+    num_resumed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with plain Python values, for JSON."""

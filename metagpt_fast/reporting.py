@@ -99,6 +99,7 @@ def make_report(
         },
         shards=tuple(shard.file_name for shard in shards),
         recipe=recipe.text,
+        num_resumed=layers.num_resumed,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -69,6 +69,13 @@ class Batch:
             else:
                 joined.append((path, offset, nbytes))
         return joined
+
+    def without(self, rows: Container[int]) -> Batch | None:
+        """Return the batch without the pieces of these rows; None if nothing is left."""
+        pieces = tuple(piece for piece in self.pieces if piece.row not in rows)
+        if len(pieces) == len(self.pieces):
+            return self
+        return Batch(pieces, self.is_mapped) if pieces else None
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,33 @@
-"""Crash-safe output: files under a temporary name, filled by the kernels, renamed when all are whole."""
+"""Crash-safe output: built beside its place, filled by the kernels, made durable, renamed when all is whole."""
 
 from __future__ import annotations
 
-import errno
+import contextlib
+import logging
 import os
-import secrets
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from .errors import OutputError
+from .build_folder import BuildFolder, changed_parts, how_to_continue
+from .errors import MetagptFastError, OutputError
+from .journal import Journal, Record
 from .output_shards import OutputShard, OutputTensor, index_file_name, index_json, plan_shards
 from .output_target import (
     check_replaceable,
     check_target,
-    free_nbytes,
     is_file_target,
     os_errors,
     publish_file,
     publish_folder,
     real_target,
+    restore_record,
     side_file,
 )
-from .quantities import format_nbytes
+from .recorder import Recorder
+from .shard_files import OutputSlot, ShardFiles
 
 __all__ = [
     "CheckpointWriter",
@@ -36,74 +39,105 @@ __all__ = [
     "plan_shards",
 ]
 
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-_NO_FALLOCATE = frozenset({errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS})
-
-
-@dataclass(frozen=True, slots=True)
-class OutputSlot:
-    """Where one tensor of the output is written.
-
-    Attributes:
-        fd: descriptor of the file, open for reading and writing until ``finish``.
-        data_offset: where the tensor begins, in bytes from the start of the file.
-        path: the file under its temporary name.
-    """
-
-    fd: int
-    data_offset: int
-    path: Path
+_logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
     """Writes one checkpoint; use it in a ``with`` block and call ``finish`` at its end.
 
-    Leaving the block without ``finish``, by an exception or not, removes everything that was written. At that
-    point no thread may write to a slot any more: its descriptor is closed and may become another file's.
+    Leaving the block without ``finish``, by an exception or not, removes everything that was written, unless there is
+    a ``job``, some of it is recorded as done, and what ended the block was an interrupt or a failing disk: then it is
+    kept, and the exception says how to go on. At that point no thread may write to a slot any more: its descriptor is
+    closed and may become another file's.
 
     Args:
         target: the output folder, or a file if the name ends in ``.safetensors`` (then exactly one shard).
         shards: the files, as ``plan_shards`` returns them.
         overwrite: replace a model that is already there, once the new one is whole.
+        job: what is made, part by part, for JSON: only the same job may continue this one. None keeps no journal and
+            does not wait for the disk.
+        resume: continue an interrupted job, if there is one; else one is refused.
+
+    Attributes:
+        records: what the run that is resumed told ``record``.
     """
 
-    def __init__(self, target: Path, shards: Sequence[OutputShard], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        shards: Sequence[OutputShard],
+        *,
+        overwrite: bool = False,
+        job: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
         if is_file_target(target) and len(shards) != 1:
             raise ValueError(f"{target} is one file, but {len(shards)} shards were given")
         self._target = real_target(target)
         self._shards = tuple(shards)
         self._overwrite = overwrite
-        self._staging = self._target.with_name(f".{self._target.name}.partial-{secrets.token_hex(4)}")
-        self._fds: list[int] = []
-        self._slots: dict[str, OutputSlot] = {}
+        self._job = job
+        self._resume = resume
+        self._journal: Journal | None = None
+        self._recorder: Recorder | None = None
+        self.records: list[Record] = []
 
     def __enter__(self) -> CheckpointWriter:
         """Reserve the space of all shards and write their headers.
 
         Raises:
-            OutputError: the target may not be replaced, or the files cannot be made at their full size.
+            OutputError: the target may not be replaced, or the files cannot be made at their full size; another
+                process writes this output; an interrupted job is there and is not to be resumed, or is another one.
         """
         with os_errors(self._target, "cannot create the output"):
-            check_replaceable(self._target, overwrite=self._overwrite)
-            free = free_nbytes(self._target.parent)
-            self._staging.mkdir()
-            try:
-                for shard in self._shards:
-                    self._create(shard, free)
-            except BaseException:
-                self._discard()
-                raise
+            self._build = BuildFolder(self._target)
+        self._files = ShardFiles(self._paths(), self._shards, is_durable=self._job is not None)
+        try:
+            with os_errors(self._target, "cannot create the output"):
+                self._open()
+        except BaseException:
+            self._leave(keep=self._has_progress())
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was not finished."""
-        self._discard()
+        """Remove what was not finished, or keep it to be continued."""
+        keep = False
+        try:
+            if error is not None and self._journal is not None and _is_worth_continuing(error):
+                if self._recorder is not None:
+                    with contextlib.suppress(OSError):  # what is recorded already counts
+                        self._recorder.close()
+                keep = self._has_progress() and not self._is_published()
+        finally:
+            self._leave(keep=keep or (error is not None and self._has_progress() and _is_interrupt(error)))
+        if keep:
+            _tell(error, how_to_continue(self._build.path))
 
     def slot(self, tensor_name: str) -> OutputSlot:
         """Return where the bytes of ``tensor_name`` go; those that are never written read as zeros."""
-        return self._slots[tensor_name]
+        return self._files.slot(tensor_name)
+
+    def is_written(self, tensor_name: str) -> bool:
+        """Return whether the tensor's bytes are in their file, by this run or by the one that it resumes."""
+        return self._files.is_written(tensor_name)
+
+    def record(self, facts: Record, written: Sequence[str] = ()) -> None:
+        """Keep ``facts`` in the journal, soon and in the background, for a run that resumes this one.
+
+        Args:
+            facts: for JSON; that run finds it in ``records``.
+            written: tensors whose bytes are now all in their slots. They are on the disk before the journal says so.
+
+        Raises:
+            OutputError: earlier records or tensors could not be written.
+        """
+        is_full = self._files.written(written)
+        if self._recorder is not None:
+            with os_errors(self._target, "cannot write the output"):
+                self._recorder.add({**facts, "written": list(written)}, written, is_urgent=is_full)
 
     def add_file(self, name: str, content: bytes | Path) -> None:
         """Write an extra file into the output, or beside it as ``{stem}.{name}`` if the output is one file.
@@ -115,10 +149,12 @@ class CheckpointWriter:
         Raises:
             OutputError: the file cannot be read or written, or the output already has one of this name.
         """
-        path = self._staging / name
+        path = self._build.files / name
         if is_file_target(self._target):
-            path = self._staging / side_file(self._target, name).name
+            path = self._build.files / side_file(self._target, name).name
         with os_errors(self._target, f"cannot write {name} into the output"):
+            if path in self._files.paths():
+                raise FileExistsError(0, "a file of the weights exists under this name")
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("xb") as file:
                 if isinstance(content, bytes):
@@ -133,60 +169,127 @@ class CheckpointWriter:
         Raises:
             OutputError: one of these steps failed; an old output is still, or again, in its place.
         """
+        with os_errors(self._target, "cannot write the output"):
+            if self._recorder is not None:
+                self._recorder.close()
+            self._files.complete()
         if len(self._shards) > 1:
             self.add_file(index_file_name(self._shards), index_json(self._shards))
         with os_errors(self._target, "cannot close the output's files"):
-            self._close()
+            self._files.close()
+            # Now, all at once, and not when each is written: the file system then commits all of them together.
+            for folder, _, names in os.walk(self._build.files):
+                for name in names:
+                    self._files.sync_path(Path(folder) / name)
+                self._files.sync_path(Path(folder))
+        if self._journal is not None:
+            with os_errors(self._target, "cannot write the journal"):
+                self._journal.append({"publish": self._identity(self._build.files)})
         publish = publish_file if is_file_target(self._target) else publish_folder
-        publish(self._staging, self._target, overwrite=self._overwrite)
+        publish(self._build, self._target, overwrite=self._overwrite)
+        with os_errors(self._target, "the output is whole, but may not survive a power failure"):
+            self._files.sync_path(self._target.parent)
+        self._leave(keep=False)
 
-    def _create(self, shard: OutputShard, free: int | None) -> None:
-        path = self._staging / (self._target.name if is_file_target(self._target) else shard.file_name)
-        # The mode is narrowed by the umask, as for any file the user makes.
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._fds.append(fd)
-        try:
-            _reserve(fd, shard.nbytes)
-        except OSError as error:
-            if error.errno not in _NO_SPACE:
-                raise
+    def _open(self) -> None:
+        """Make the files of a new job, or open those of an interrupted one."""
+        if self._is_published():
+            self._build.clear()  # the interrupted run had nothing left to do
+        else:
+            restore_record(self._build, self._target)
+        records = self._build.records
+        if self._has_progress():
+            self._check_continuable(records[0].get("job"))
+        is_publishing = bool(records) and "publish" in records[-1]
+        check_replaceable(self._target, overwrite=self._overwrite, is_publishing=is_publishing)
+        if not self._has_progress():
+            self._build.clear()
+        if self._job is not None:
+            self._journal = Journal(self._build.journal_path)
+            if self._journal.num_records == 0:
+                self._journal.append({"job": self._job})
+            self._recorder = Recorder(self._journal, self._files.begin, self._files.make_durable, self._files.recorded)
+        self.records = [each for record in records[1:] for each in record.get("records", ())]
+        self._files.open({name for record in self.records for name in record["written"]})
+        for folder in (self._build.files, self._build.path, self._target.parent):
+            self._files.sync_path(folder)
+        own = self._files.paths()
+        for path in self._build.files.iterdir():
+            if path not in own:  # a run that was killed while it finished had added it
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _check_continuable(self, before: Mapping[str, Any] | None) -> None:
+        if self._job is None or not self._resume:
             raise OutputError(
-                f"cannot reserve the space of the output ({error.strerror})",
-                where=self._target.parent,
-                got="an unknown number of bytes free" if free is None else f"{format_nbytes(free)} free",
-                expected=format_nbytes(sum(shard.nbytes for shard in self._shards)),
-                hint="free some space (or quota), or choose another disk with -o",
-            ) from error
-        _pwrite_all(fd, shard.header)
-        for name, data_offset in shard.data_offsets.items():
-            self._slots[name] = OutputSlot(fd, data_offset, path)
+                "an interrupted merge to this output is there",
+                where=self._target,
+                hint=how_to_continue(self._build.path),
+            )
+        if changes := changed_parts(before or {}, self._job):
+            raise OutputError(
+                "the interrupted merge cannot be resumed, because it was another one",
+                where=self._build.path,
+                got="; ".join(changes),
+                hint=f"give the first command again, or start over after: rm -r {self._build.quoted_path}",
+            )
 
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
+    def _paths(self) -> dict[str, Path]:
+        is_file = is_file_target(self._target)
+        names = [shard.file_name for shard in self._shards]
+        return {name: self._build.files / (self._target.name if is_file else name) for name in names}
 
-    def _discard(self) -> None:
-        """Close and remove what is left of the staging folder: nothing, after ``finish``."""
-        while self._fds:
-            try:
-                self._close()
-            except OSError:
-                continue  # the file is about to be deleted; the descriptor is gone in any case
-        shutil.rmtree(self._staging, ignore_errors=True)
+    def _has_progress(self) -> bool:
+        """Whether there is something to continue: a record behind the job's own."""
+        return max(len(self._build.records), 0 if self._journal is None else self._journal.num_records) > 1
+
+    def _identity(self, place: Path) -> list[int] | None:
+        """Return device and inode of what is, or becomes, the output; None if there is nothing."""
+        path = place / self._target.name if is_file_target(self._target) and place == self._build.files else place
+        try:
+            info = path.stat()
+        except OSError:
+            return None
+        return [info.st_dev, info.st_ino]
+
+    def _is_published(self) -> bool:
+        """Whether the output got its name, perhaps by a run that was killed right after that."""
+        last = self._build.records[-1] if self._build.records else {}
+        if self._journal is not None:
+            last = self._journal.last_record
+        identity = last.get("publish")
+        return identity is not None and identity == self._identity(self._target)
+
+    def _leave(self, *, keep: bool) -> None:
+        """Close everything, and remove the folder unless it is kept."""
+        if self._recorder is not None:
+            self._recorder.stop()
+        while True:
+            with contextlib.suppress(OSError):  # the descriptor is gone in any case
+                self._files.close()
+                break
+        if self._journal is not None:
+            self._journal.close()
+        if keep:
+            self._build.release()
+        else:
+            self._build.remove()
 
 
-def _reserve(fd: int, nbytes: int) -> None:
-    """Give the file its full size, with space on the disk where the file system can promise it."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in _NO_FALLOCATE:
-            raise
-        os.ftruncate(fd, nbytes)
+def _is_interrupt(error: BaseException) -> bool:
+    return not isinstance(error, Exception)
 
 
-def _pwrite_all(fd: int, content: bytes) -> None:
-    """Write all of ``content`` to the start of the file; one call may write less than it was asked to."""
-    num_written = 0
-    while num_written < len(content):
-        num_written += os.pwrite(fd, content[num_written:], num_written)
+def _is_worth_continuing(error: BaseException) -> bool:
+    """Whether the same merge may succeed later: not if what is wrong is the inputs' data, or what was asked for."""
+    is_about_inputs = isinstance(error, MetagptFastError) and not isinstance(error, OutputError)
+    return not is_about_inputs or isinstance(error.__cause__, OSError)
+
+
+def _tell(error: BaseException | None, hint: str) -> None:
+    """Let the exception that ended a merge say how to go on."""
+    if isinstance(error, MetagptFastError):
+        error.add_hint(hint)
+    elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error.args = (hint,)
+    else:
+        _logger.warning("%s", hint)

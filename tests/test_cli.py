@@ -76,7 +76,6 @@ class FakeMeasurement:
     norms = np.array([1.0, 3.0])
     cosines = np.eye(2)
     base_norm = 10.0
-    saved_to = None
 
     def coefficients(self, exponent=2.0):
         return np.array([0.1, 0.9])
@@ -86,9 +85,6 @@ class FakeMeasurement:
 
     def to_dict(self):
         return {"norms": self.norms.tolist()}
-
-    def save(self, path):
-        FakeMeasurement.saved_to = path
 
 
 @pytest.fixture
@@ -103,8 +99,8 @@ def calls(monkeypatch):
         progress.finish()
         return REPORT
 
-    def measure(base, models, *, progress, **settings):
-        log.append(("measure", base, models, settings))
+    def measure(base, models, *, out, progress, **settings):
+        log.append(("measure", base, models, out, settings))
         return FakeMeasurement()
 
     fake = ModuleType("metagpt_fast.merging")
@@ -141,7 +137,7 @@ def test_merge_passes_every_option_on(calls):
             "--max-shard-size",
             "1GB",
         ),
-        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite"),
+        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite", "--resume"),
     )
     assert result.exit_code == 0, result.output
     [(_, base, models, out, settings)] = calls
@@ -161,6 +157,7 @@ def test_merge_passes_every_option_on(calls):
         "exclude": "lm_head",
         "measurement": "m.json",
         "overwrite": True,
+        "resume": True,
     }
 
 
@@ -179,6 +176,8 @@ def test_the_commands_settings_and_defaults_are_the_functions(command, monkeypat
     run(command, "base", "chat", "-o", "out")
     assert passed.pop("progress") is not None
     defaults.pop("progress")
+    if defaults.pop("out", "required") is None:
+        assert passed.pop("out") == "out"
     assert passed == defaults
 
 
@@ -263,7 +262,7 @@ def test_a_real_merge_and_a_real_measurement(family):
 def test_measure(calls):
     result = run("measure", "base", "chat", "math", "-o", "m.json", "--exclude", "x", "--threads", "2")
     assert result.exit_code == 0, result.output
-    assert FakeMeasurement.saved_to == "m.json"
+    assert calls[0][-2] == "m.json"
     assert "saved to  m.json" in result.stdout
     assert "0.9000" in result.stdout
     assert calls[0][-1] == {"exclude": "x", "backend": "auto", "threads": 2, "memory": "1GiB", "io": "auto"}

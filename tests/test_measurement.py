@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 import metagpt_fast as mf
+from metagpt_fast import merging
 from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F16, F32
+from metagpt_fast.layer_pass import LayerPass
 
 from . import oracle
 from .checkpoints import digests, random_states, tensor_bytes, write_family, write_state
@@ -329,7 +332,37 @@ def test_only_a_measurement_or_an_empty_file_is_replaced(family, tmp_path):
 
 def test_the_command_line_refuses_such_a_file_before_the_work(family, tmp_path, monkeypatch):
     base, models = family
-    monkeypatch.setattr("metagpt_fast.merging.measure", lambda *a, **k: pytest.fail("it has begun to measure"))
+    monkeypatch.setattr(LayerPass, "measure", lambda layers: pytest.fail("it has begun to measure"))
     result = CliRunner().invoke(cli, ["measure", str(base), str(models[0]), "-o", str(base / "config.json")])
     assert result.exit_code == 1
     assert "not a measurement" in result.stderr
+
+
+@pytest.mark.parametrize("code, hint", [(errno.ENOSPC, "free some space"), (errno.EIO, "choose another place")])
+@pytest.mark.parametrize("call", ["open", "write"])
+def test_a_disk_that_takes_no_measurement_is_found_before_the_work(family, tmp_path, monkeypatch, call, code, hint):
+    base, models = family
+    monkeypatch.setattr(LayerPass, "_measure", lambda *a: pytest.fail("it has begun to measure"))
+    opened = Path.open
+
+    def failing(self, mode="r", *arguments, **more):
+        if call == "open" and mode.startswith("x"):
+            raise OSError(code, os.strerror(code))
+        return opened(self, mode, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", failing)
+    if call == "write":
+        monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(code, os.strerror(code))))
+    with pytest.raises(mf.MeasurementError, match=rf"cannot write .*{os.strerror(code)}.*{hint}"):
+        mf.measure(base, models, out=tmp_path / "m.json")
+    with pytest.raises(mf.MeasurementError, match=os.strerror(code)):
+        mf.merge(base, models, tmp_path / "out", measurement=tmp_path / "m.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_the_space_looked_for_is_enough(family, tmp_path, monkeypatch):
+    base, models = family
+    sizes = []
+    monkeypatch.setattr(merging, "check_writable", lambda path, nbytes: sizes.append(nbytes))
+    mf.measure(base, models, out=tmp_path / "m.json")
+    assert (tmp_path / "m.json").stat().st_size <= sizes[0]

@@ -59,7 +59,7 @@ class AxisOperation(LinearOperation):
             super().solve(whole)
         for number in rows:
             row = self._rows[number]
-            if row.method.axis is None:
+            if row.method.axis is None or number not in self._lines:  # or combined by the run that this one resumes
                 continue
             lines = row.method.solve_rows(self._lines[number], row.has_base)
             self._lines[number] = lines
@@ -88,6 +88,10 @@ class AxisOperation(LinearOperation):
             owners, _ = _split(facts)
             counts[members] = np.bincount(owners, written, len(members)).astype(np.int64)
         return counts
+
+    def is_restorable(self, row: int) -> bool:
+        """Return whether the row has one Gram matrix: those of all its rows or columns are too large to keep."""
+        return self._rows[row].method.axis is None
 
     def _by_axis(self, rows: Sequence[int]) -> list[tuple[str | None, list[int]]]:
         groups: dict[str | None, list[int]] = {}

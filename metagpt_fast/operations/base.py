@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -103,6 +103,18 @@ class Operation(ABC):
     @abstractmethod
     def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
         """Write the merged tensors of a layer, or pieces of them. Return how many NaN and Inf were written, ``[K]``."""
+
+    @abstractmethod
+    def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Return what was measured of these rows: arrays whose first dimension is the row, for ``restore``."""
+
+    @abstractmethod
+    def restore(self, rows: Sequence[int], state: dict[str, NDArray[Any]]) -> None:
+        """Take the place of ``measure`` for these rows, with what ``state`` returned for them in another process."""
+
+    def is_restorable(self, row: int) -> bool:
+        """Return whether ``state`` has all that ``combine`` needs of a row; else it has to be measured again."""
+        return True
 
     def is_unchanged(self, row: int) -> bool:
         """Return whether it is known that no model differs from the base in this tensor."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +60,17 @@ class LinearOperation(Operation):
         """Write base + Σ c τ."""
         num_models = layer.num_operands - layer.has_base
         return self._backend.layer_merge(layer, np.ascontiguousarray(self.coefficients[rows, :num_models]), out)
+
+    def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Return the Gram matrices."""
+        assert self.gram is not None
+        return {"gram": self.gram[rows]}
+
+    def restore(self, rows: Sequence[int], state: dict[str, NDArray[Any]]) -> None:
+        """Take the Gram matrices as measured."""
+        assert self.gram is not None
+        self.gram[rows] = state["gram"]
+        self._is_known = True
 
     def is_unchanged(self, row: int) -> bool:
         """Return whether every task vector of the tensor was measured, and is zero."""

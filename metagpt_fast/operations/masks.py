@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -141,6 +141,20 @@ class Masks:
             self._factors.pop(number, None)
             bits = self._bits.pop(number, None)
             self._bits_nbytes -= 0 if bits is None else bits.nbytes
+
+    def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Return what ``measure`` has found out about these rows, by the name of what the kernels call it."""
+        return {"kinds": self._kinds[rows], "keys": self._keys[rows], "indices": self._indices[rows]}
+
+    def restore(self, rows: Sequence[int], state: dict[str, NDArray[Any]]) -> None:
+        """Take the place of ``measure``."""
+        self._kinds[rows] = state["kinds"]
+        self._keys[rows] = state["keys"]
+        self._indices[rows] = state["indices"]
+
+    def is_restorable(self, number: int) -> bool:
+        """Return whether ``state`` has all of the row: divergences of every row of a matrix are too large to keep."""
+        return not any(isinstance(rule, rules.KeepImportant) for rule in self._rules[number])
 
     def _enter(self, number: int, t: int, rule: rules.Rule) -> None:
         if isinstance(rule, rules.KeepAll):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -74,6 +74,19 @@ class SparseOperation(Operation):
             counts[members] = self._backend.layer_elect(layer.take(members), masks, elections, out.take(members))
         self._masks.forget(rows)
         return counts
+
+    def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Return thresholds and moments."""
+        return {"moments": self._moments[rows], **self._masks.state(rows)}
+
+    def restore(self, rows: Sequence[int], state: dict[str, NDArray[Any]]) -> None:
+        """Take thresholds and moments as measured."""
+        self._moments[rows] = state["moments"]
+        self._masks.restore(rows, state)
+
+    def is_restorable(self, row: int) -> bool:
+        """Return whether the row's masks need nothing but thresholds."""
+        return self._masks.is_restorable(row)
 
     def _by_key_kind(self, rows: Sequence[int], members: Sequence[int]) -> Iterator[tuple[KeyKind, list[int]]]:
         """Yield the members that one kernel call can take together."""
