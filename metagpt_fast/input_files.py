@@ -165,7 +165,8 @@ class _Background:
         if self._thread is not None:
             self.is_closing = True
             self._queue.put(None)
-            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # a signal came before it was started
+                self._thread.join()
             self._thread = None
 
     def _run(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ class Recorder:
         """End the thread without writing what is pending."""
         with self._condition:
             self._pending.clear()
+            self._beginning.clear()
         self._end()
 
     def _end(self) -> None:
@@ -74,7 +76,8 @@ class Recorder:
             self._is_closing = True
             self._condition.notify()
         if self._thread is not None:
-            self._thread.join()
+            with contextlib.suppress(RuntimeError):  # a signal came before it was started
+                self._thread.join()
             self._thread = None
 
     def _raise_error(self) -> None:

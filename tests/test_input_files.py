@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,14 @@ def test_copying_without_copy_file_range(tmp_path, monkeypatch, error):
         assert (tmp_path / "out").read_bytes() == b"\0\0\0" + content[5:]
         with pytest.raises(OSError, match="ended early"):
             copy_range(source.fileno(), 5, target.fileno(), 3, len(content))
+
+
+def test_a_signal_before_the_prefetching_thread_has_started(checkpoint, monkeypatch):
+    def interrupted_start(thread):
+        raise KeyboardInterrupt
+
+    model, _ = checkpoint
+    files = InputFiles(paths_of(model), "mmap")
+    with files, monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted_start)
+        files.prefetch([(paths_of(model)[0], 0, 1000)])
