@@ -1,0 +1,68 @@
+"""mergekit's planning without its merging: ``run_merge`` with an executor that takes the tasks and keeps them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .mergekit_tasks import run_tasks
+
+# The executor is a global of mergekit's module, which one merge at a time replaces.
+_lock = threading.RLock()
+# Where patch() keeps what it has replaced.
+ORIGINAL = "_metagpt_fast_original"
+
+
+def original_run_merge() -> Any:
+    """Return mergekit's own ``run_merge``, within ``patch()`` too."""
+    import mergekit.merge
+
+    found = mergekit.merge.run_merge
+    return getattr(found, ORIGINAL, found)
+
+
+def plan_with_mergekit(config: Any, folder: Path, options: Any, config_source: str) -> tuple[list[Any], dict[Any, Any]]:
+    """Let mergekit plan, and write everything but weights into ``folder``: config, tokenizer, card.
+
+    Args:
+        config: mergekit's ``MergeConfiguration``; it is changed into a normal form.
+        folder: a folder that may be written to; its name is the card's title.
+        options: mergekit's ``MergeOptions``.
+        config_source: the configuration's text, for the card.
+
+    Returns:
+        The ``SaveTensor`` tasks in the output's order, of each name the last one; and the ``BuildTokenizer`` task, if
+        there is one, with its value.
+    """
+    import mergekit.merge
+    from mergekit.io.tasks import LoaderCache, SaveTensor
+    from mergekit.tokenizer import BuildTokenizer
+
+    saves: dict[str, Any] = {}
+    known: dict[Any, Any] = {}
+
+    class Recorder:
+        """Stands in for mergekit's executors."""
+
+        def __init__(self, targets: list[Any], **devices: Any) -> None:
+            self._others = [task for task in targets if isinstance(task, BuildTokenizer)]
+            saves.update({task.tensor_name: task for task in targets if isinstance(task, SaveTensor)})
+
+        def run(self, quiet: bool = False, desc: str | None = None) -> Iterator[tuple[Any, Any]]:
+            for task, value in run_tasks(self._others, options):
+                known[task] = value
+                yield task, value
+
+    folder.mkdir()
+    with _lock:
+        executors = (mergekit.merge.Executor, mergekit.merge.MultiGPUExecutor)
+        # It is kept for the whole process, and would not notice that a model has been replaced since.
+        LoaderCache.loaders.clear()
+        mergekit.merge.Executor = mergekit.merge.MultiGPUExecutor = Recorder
+        try:
+            original_run_merge()(config, str(folder), options, config_source)
+        finally:
+            mergekit.merge.Executor, mergekit.merge.MultiGPUExecutor = executors
+    return list(saves.values()), known
