@@ -119,6 +119,8 @@ def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tu
     for row, tensor in enumerate(plan.merged):
         for t, column in enumerate(tensor.columns):
             table[row, column] += coefficients[row, t]
+    if not plan.merged:
+        return ("model",), np.zeros((1, len(plan.models)))
     has_scopes = plan.recipe.granularity != "model" and not isinstance(plan.recipe.method, SparseMethod)
     if not has_scopes and (table == table[:1]).all():
         return ("model",), table[:1]

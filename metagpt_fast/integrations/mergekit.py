@@ -94,9 +94,8 @@ def run_merge(
         What was done. With ``safe_serialization=False`` all of it by mergekit: pickle files are not written here.
 
     Raises:
-        IntegrationError: mergekit is missing, or of a version that is not supported.
+        IntegrationError: mergekit is missing or of another version, or does not take the configuration.
         MetagptFastError: as :func:`metagpt_fast.merge`.
-        RuntimeError, ValueError: what mergekit raises for configurations that it does not take.
     """
     started = time.perf_counter()
     register()
@@ -104,12 +103,14 @@ def run_merge(
 
     target = Path(out_path)
     _check_target(target, overwrite=overwrite)
-    config_source = config_source or merge_config.to_yaml()
+    text = config_source or merge_config.to_yaml()
     spec = merge_methods.get(merge_config.merge_method).spec
     extras = extras_of(merge_config, [parameter.name for parameter in spec.parameters])
     if not options.safe_serialization:
         return _with_pickles(merge_config, out_path, options, config_source, extras, started)
-    config = with_weight(merge_config) if extras.computes_weights else merge_config
+    config = merge_config
+    if extras.computes_weights:
+        config, config_source = with_weight(merge_config), text
     with _work_folder(target) as folder:
         companions = folder / (target.name or real_target(target).name)
         saves, known = plan_with_mergekit(config, companions, options, config_source)
@@ -127,7 +128,7 @@ def run_merge(
             "by_mergekit": {reason: list(names) for reason, names in by_mergekit.items()},
             "seconds_planned": seconds_planned,
         }
-        plan = make_plan(config, split, sources, extras, computed, config_source)
+        plan = make_plan(config, split, sources, extras, computed, text)
         report = carry_out(
             replace(plan, tool=ToolPart(_files_in(companions), record, computed)),
             target,
@@ -183,7 +184,7 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 
 def _with_pickles(
-    config: Any, out_path: str, options: Any, config_source: str, extras: Extras, started: float
+    config: Any, out_path: str, options: Any, config_source: str | None, extras: Extras, started: float
 ) -> FastMerge:
     """Let mergekit write pickle files, which this package does not."""
     if extras.parameters or extras.granularity or config.merge_method == MetaGPT.name:

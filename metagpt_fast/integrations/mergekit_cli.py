@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..cli_errors import ReportingCommand, run_and_exit
-from ..errors import IntegrationError, MetagptFastError, RecipeError, suggestion
-from .mergekit_config import TOP_LEVEL, check_version
+from ..errors import MetagptFastError, RecipeError, suggestion
+from .mergekit_config import TOP_LEVEL, check_version, mergekit_errors
 
 # Options of mergekit that change how it works, not what comes out, and what is true of each here.
 _WITHOUT_EFFECT: Mapping[str, str] = {
@@ -83,12 +83,10 @@ def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, memo
             print_message(note)
     source = _read(config_file)
     document, notes = with_our_keys(source, config_file, set(MergeConfiguration.model_fields))
-    try:
+    with mergekit_errors(config_file):
         config = MergeConfiguration.model_validate(document)
-        with open_progress(quiet=options.quiet) as progress:
-            merged = run_merge(config, out_path, options, source, overwrite=overwrite, memory=memory, progress=progress)
-    except (RuntimeError, ValueError) as error:  # what mergekit raises, pydantic's errors included
-        raise IntegrationError("mergekit refuses this", where=config_file, got=error) from error
+    with open_progress(quiet=options.quiet) as progress:
+        merged = run_merge(config, out_path, options, source, overwrite=overwrite, memory=memory, progress=progress)
     if merged.report is not None:
         print_warnings([*notes, *merged.report.warnings])
     if not options.quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -34,6 +35,15 @@ def check_version() -> str:
             "this version of mergekit is not supported", got=f"mergekit {version}", expected=expected, hint=hint
         )
     return version
+
+
+@contextmanager
+def mergekit_errors(where: object) -> Iterator[None]:
+    """Turn what mergekit raises within the block, pydantic's errors included, into an IntegrationError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+        raise IntegrationError(f"mergekit: {type(error).__name__}", where=where, got=error) from error
 
 
 @dataclass(frozen=True)

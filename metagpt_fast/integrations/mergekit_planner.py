@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .mergekit_config import mergekit_errors
 from .mergekit_tasks import run_tasks
 
 # The executor is a global of mergekit's module, which one merge at a time replaces.
@@ -23,18 +24,23 @@ def original_run_merge() -> Any:
     return getattr(found, ORIGINAL, found)
 
 
-def plan_with_mergekit(config: Any, folder: Path, options: Any, config_source: str) -> tuple[list[Any], dict[Any, Any]]:
+def plan_with_mergekit(
+    config: Any, folder: Path, options: Any, config_source: str | None
+) -> tuple[list[Any], dict[Any, Any]]:
     """Let mergekit plan, and write everything but weights into ``folder``: config, tokenizer, card.
 
     Args:
         config: mergekit's ``MergeConfiguration``; it is changed into a normal form.
         folder: a folder that may be written to; its name is the card's title.
         options: mergekit's ``MergeOptions``.
-        config_source: the configuration's text, for the card.
+        config_source: the configuration's text, for the card; None for what mergekit makes of it.
 
     Returns:
         The ``SaveTensor`` tasks in the output's order, of each name the last one; and the ``BuildTokenizer`` task, if
         there is one, with its value.
+
+    Raises:
+        IntegrationError: mergekit does not take the configuration, or cannot read a model.
     """
     import mergekit.merge
     from mergekit.io.tasks import LoaderCache, SaveTensor
@@ -62,7 +68,8 @@ def plan_with_mergekit(config: Any, folder: Path, options: Any, config_source: s
         LoaderCache.loaders.clear()
         mergekit.merge.Executor = mergekit.merge.MultiGPUExecutor = Recorder
         try:
-            original_run_merge()(config, str(folder), options, config_source)
+            with mergekit_errors("planning"):
+                original_run_merge()(config, str(folder), options, config_source)
         finally:
             mergekit.merge.Executor, mergekit.merge.MultiGPUExecutor = executors
     return list(saves.values()), known

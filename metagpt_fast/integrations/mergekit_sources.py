@@ -27,6 +27,7 @@ class Sources:
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self._opened: dict[str, Checkpoint | str] = {}
+        self._renamed: dict[int, dict[str, str]] = {}
         self._kept_rows: dict[tuple[Any, ...], int] = {}
         self.used: dict[int, set[str]] = {}
 
@@ -79,14 +80,30 @@ class Sources:
 
     def _find(self, model: Any, info: Any, dtype: str | None) -> tuple[Checkpoint, TensorSource, str | None]:
         checkpoint = self.checkpoint(model)
-        for name in (info.name, *(info.aliases or ()), *(info.tied_names or ())):
-            source = checkpoint.tensors.get(name)
-            if source is not None:
-                self.used.setdefault(id(checkpoint), set()).add(name)
-                return checkpoint, source, info.force_dtype or dtype
+        names = (info.name, *(info.aliases or ()))
+        for name in (*names, *(info.tied_names or ())):
+            if name in checkpoint.tensors:
+                break
+        else:
+            renamed = self._renames(model, checkpoint)
+            name = next((renamed[name] for name in names if name in renamed), "")
+        source = checkpoint.tensors.get(name)
+        if source is not None:
+            self.used.setdefault(id(checkpoint), set()).add(name)
+            return checkpoint, source, info.force_dtype or dtype
         if info.optional:
             raise NotPlain("optional, and missing from a model")
         raise NotPlain("not in a model's files under this name: converted from other tensors")
+
+    def _renames(self, model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+        """Return the names in the file by those that transformers gives the tensors while loading, if it only renames.
+
+        Multimodal checkpoints have names of older versions. Where transformers also makes tensors of several, as for
+        mixtures of experts, mergekit does it for all of the model.
+        """
+        if id(checkpoint) not in self._renamed:
+            self._renamed[id(checkpoint)] = _renames(model, checkpoint)
+        return self._renamed[id(checkpoint)]
 
     def _rows_in_place(self, task: Any, models: tuple[Any, ...]) -> int:
         """Return how many rows a tokenizer merge keeps, if it keeps the first ones in their places.
@@ -111,7 +128,7 @@ class Sources:
             return -1
         for model in models:
             permutation = self._tokenizer.permutations[model]
-            if any(permutation[token] != token for token in tokens):
+            if any(permutation.get(token) != token for token in tokens):
                 return -1
         return len(vocabulary)
 
@@ -135,6 +152,24 @@ def _open(path: Path, index: Any) -> Checkpoint | str:
                 hint="the folder holds weights of two models; remove the index, or the file, that is out of date",
             )
     return checkpoint
+
+
+def _renames(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    from mergekit.io.tasks import LoaderCache
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    kind = model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+    transforms = get_checkpoint_conversion_mapping(kind) or []
+    if not all(isinstance(transform, WeightRenaming) for transform in transforms):
+        return {}
+    found = {name: name for name in checkpoint.tensors}
+    for transform in transforms:
+        for name, origin in list(found.items()):
+            renamed, pattern = transform.rename_source_key(name)
+            if pattern is not None:
+                found[renamed] = origin
+    return found
 
 
 def _first_rows(source: TensorSource, rows: int) -> TensorSource:

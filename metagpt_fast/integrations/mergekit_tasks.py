@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
+from ..errors import IntegrationError
 from ..safetensors_file import ShardFile, TensorSource, read_header
+from ..untrusted import brief
+from .mergekit_config import mergekit_errors
 
 # Tensors are gathered up to this size and written to one file.
 _SHARD_NBYTES = 128 << 20
@@ -45,7 +48,7 @@ def compute(saves: Iterable[Any], options: Any, folder: Path, known: dict[Any, A
         known: values of tasks that were carried out before.
 
     Raises:
-        RuntimeError, ValueError: what mergekit raises.
+        IntegrationError: mergekit cannot compute one.
     """
     from mergekit.common import dtype_from_name
     from mergekit.io.tasks import LoaderCache
@@ -55,10 +58,12 @@ def compute(saves: Iterable[Any], options: Any, folder: Path, known: dict[Any, A
     gathered: dict[str, Any] = {}
     nbytes = 0
     for save in saves:
-        ((_, value),) = run_tasks([save.tensor_task], options, known=known)
+        with mergekit_errors(f"tensor {brief(save.tensor_name)}"):
+            ((_, value),) = run_tasks([save.tensor_task], options, known=known)
         if value is None:
             if not save.optional:
-                raise RuntimeError(f"No value for required tensor {save.tensor_name}")
+                where = f"tensor {brief(save.tensor_name)}"
+                raise IntegrationError("mergekit made nothing of a tensor that is required", where=where)
             continue
         if save.dtype:
             value = value.to(dtype=dtype_from_name(save.dtype))
