@@ -14,7 +14,7 @@ import pytest
 import metagpt_fast
 
 from .checkpoints import Tensor, read_state, tensor_bytes
-from .mergekit_models import make_zoo, with_paths
+from .mergekit_models import with_paths
 from .mergekit_recipes import RECIPES, Recipe
 
 torch = pytest.importorskip("torch")
@@ -32,15 +32,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 # Of the largest element of a tensor: roundings of float32 in sums of several terms.
 SMALLEST = 2.0**-20
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("zoo")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make_zoo(folder)
-    return folder
 
 
 @pytest.fixture

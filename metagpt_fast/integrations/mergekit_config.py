@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from ..errors import IntegrationError, RecipeError
+from ..errors import IntegrationError, MetagptFastError, RecipeError
 from ..methods import METHODS, Method
 
 SUPPORTED_VERSIONS = ("0.1.5",)
@@ -39,10 +39,12 @@ def check_version() -> str:
 
 @contextmanager
 def mergekit_errors(where: object) -> Iterator[None]:
-    """Turn what mergekit raises within the block, pydantic's errors included, into an IntegrationError."""
+    """Turn what mergekit, and what it uses, raises within the block into an IntegrationError."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except MetagptFastError:
+        raise
+    except Exception as error:  # of mergekit, transformers, pydantic, the hub's client
         raise IntegrationError(f"mergekit: {type(error).__name__}", where=where, got=error) from error
 
 

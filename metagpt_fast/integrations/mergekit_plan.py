@@ -231,12 +231,14 @@ def _with_columns(split: Split) -> tuple[list[TensorPlan], dict[Any, Checkpoint]
 
 
 def _donor(config: Any, split: Split, sources: Sources) -> Checkpoint | None:
-    """Return the checkpoint that stands for the base in reports: mergekit's, else the first that is read."""
-    if config.base_model is not None:
+    """Return the checkpoint that stands for the base in reports: mergekit's, else the first model's."""
+    candidates = [] if config.base_model is None else [config.base_model]
+    candidates += [model for inputs in split.inputs.values() for model, _ in inputs[:1]]
+    candidates += [model for save, _ in split.rest for model in getattr(save.tensor_task, "model_order", ())]
+    for model in dict.fromkeys(candidates):
         with contextlib.suppress(NotPlain):
-            return sources.checkpoint(config.base_model)
-    first = next(iter(split.inputs.values()), None)
-    return None if first is None else first[0][1]
+            return sources.checkpoint(model)
+    return None
 
 
 def _in_file_order(tensors: list[TensorPlan], base: Checkpoint) -> list[TensorPlan]:

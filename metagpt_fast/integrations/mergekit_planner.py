@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 from .mergekit_config import mergekit_errors
 from .mergekit_tasks import run_tasks
 
+_logger = logging.getLogger(__name__)
 # The executor is a global of mergekit's module, which one merge at a time replaces.
 _lock = threading.RLock()
 # Where patch() keeps what it has replaced.
@@ -42,6 +46,7 @@ def plan_with_mergekit(
     Raises:
         IntegrationError: mergekit does not take the configuration, or cannot read a model.
     """
+    import mergekit.card
     import mergekit.merge
     from mergekit.io.tasks import LoaderCache, SaveTensor
     from mergekit.tokenizer import BuildTokenizer
@@ -62,14 +67,36 @@ def plan_with_mergekit(
                 yield task, value
 
     folder.mkdir()
-    with _lock:
-        executors = (mergekit.merge.Executor, mergekit.merge.MultiGPUExecutor)
+    with _lock, contextlib.ExitStack() as stack:
         # It is kept for the whole process, and would not notice that a model has been replaced since.
         LoaderCache.loaders.clear()
-        mergekit.merge.Executor = mergekit.merge.MultiGPUExecutor = Recorder
-        try:
-            with mergekit_errors("planning"):
-                original_run_merge()(config, str(folder), options, config_source)
-        finally:
-            mergekit.merge.Executor, mergekit.merge.MultiGPUExecutor = executors
+        stack.enter_context(_replaced(mergekit.merge, "Executor", Recorder))
+        stack.enter_context(_replaced(mergekit.merge, "MultiGPUExecutor", Recorder))
+        stack.enter_context(_replaced(mergekit.card, "is_hf", _is_hf(mergekit.card.is_hf)))
+        stack.enter_context(mergekit_errors("planning"))
+        original_run_merge()(config, str(folder), options, config_source)
     return list(saves.values()), known
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def _is_hf(original: Any) -> Any:
+    """Return mergekit's question to the hub, which a local folder may be named like, with an answer for no network."""
+
+    @functools.cache
+    def is_hf(path: str) -> bool:
+        try:
+            return bool(original(path))
+        except Exception as error:  # of three libraries, and none of them worth a merge
+            _logger.warning("the card does not link to %s: the hub does not answer (%s)", path, error)
+            return False
+
+    return is_hf
