@@ -35,7 +35,7 @@ from fusion_bench import BaseAlgorithm, BaseModelPool, LazyStateDict, auto_regis
 __all__ = ["MetagptFastAlgorithm"]
 
 
-@auto_register_config  # type: ignore[untyped-decorator]
+@auto_register_config
 class MetagptFastAlgorithm(BaseAlgorithm):  # type: ignore[misc]
     """Merge the models of a pool into its pretrained one; the arguments are those of ``mf.merge_state_dicts``.
 
