@@ -60,6 +60,10 @@ RECIPES = (
     Recipe(
         "nuslerp-task-vectors-by-row", _of_method("nuslerp", models("a", "b", weight=(0.4, 0.6)), nuslerp_flatten=False)
     ),
+    Recipe(
+        "nuslerp-by-column",
+        _of_method("nuslerp", models("a", "b", weight=(0.4, 0.6)), None, nuslerp_flatten=False, nuslerp_row_wise=True),
+    ),
     Recipe("multislerp", _of_method("multislerp", models("a", "b", "c", weight=_WEIGHTS), None)),
     Recipe("karcher", _of_method("karcher", models("a", "b", "c"), None)),
     Recipe("model_stock", _of_method("model_stock", models("a", "b", "c"))),
