@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -19,10 +20,12 @@ import numpy as np
 import pytest
 
 import metagpt_fast
+from metagpt_fast import merging, recorder
 from metagpt_fast.errors import IntegrationError, OutputError, PlanError, RecipeError
 from metagpt_fast.integrations import mergekit as integration
-from metagpt_fast.integrations import mergekit_cli
+from metagpt_fast.integrations import mergekit_cli, mergekit_tasks
 from metagpt_fast.integrations.mergekit import FastMerge, patch, register, run_merge
+from metagpt_fast.layer_pass import LayerPass
 
 from .checkpoints import read_state, tensor_bytes
 from .mergekit_models import with_paths
@@ -58,9 +61,12 @@ LINEAR = {"merge_method": "linear", "models": models("a", "b", weight=0.5)}
 def fast(zoo: Path, tmp_path: Path) -> Callable[..., FastMerge]:
     """Return what runs a configuration with the engine, into the folder ``out``."""
 
-    def run(config: dict[str, Any], out: str = "out", *, overwrite: bool = False, **options: Any) -> FastMerge:
+    def run(
+        config: dict[str, Any], out: str = "out", *, overwrite: bool = False, resume: bool = False, **options: Any
+    ) -> FastMerge:
         made = MergeConfiguration.model_validate(with_paths(config, zoo))
-        return run_merge(made, str(tmp_path / out), MergeOptions(quiet=True, **options), overwrite=overwrite)
+        options_ = MergeOptions(quiet=True, **options)
+        return run_merge(made, str(tmp_path / out), options_, overwrite=overwrite, resume=resume)
 
     return run
 
@@ -208,6 +214,68 @@ def test_nothing_is_left_of_a_merge_that_fails(fast, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fast(LINEAR)
     assert list(tmp_path.iterdir()) == []
+
+
+# Embeddings are mergekit's work.
+OTHER_TOKENIZER = {
+    "merge_method": "slerp",
+    "base_model": "llama/base",
+    "dtype": "float32",
+    "models": models("a", family="larger"),
+    "parameters": {"t": 0.5},
+    "tokenizer_source": "llama/base",
+}
+
+
+@pytest.mark.parametrize(
+    "config", [{**TIES, "parameters": {"coefficients": "metagpt"}}, OTHER_TOKENIZER], ids=["ours", "mixed"]
+)
+def test_an_interrupted_merge_is_resumed(fast, tmp_path, monkeypatch, config):
+    fast(config, "expected")
+    monkeypatch.setattr(merging, "_MAX_WINDOW_NBYTES", 1 << 14)  # many batches, each recorded as soon as it is done
+    monkeypatch.setattr(recorder, "RECORD_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        combine, calls = LayerPass._combine, itertools.count()
+
+        def interrupted(*arguments: Any) -> None:
+            if next(calls) == 6:
+                raise KeyboardInterrupt
+            combine(*arguments)
+
+        patched.setattr(LayerPass, "_combine", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fast(config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "expected"]
+    with pytest.raises(OutputError, match="an interrupted merge to this output is there"):
+        fast(config)
+    with pytest.raises(OutputError, match="it was another one"):
+        fast({**config, "dtype": "float32", "out_dtype": "float16"}, resume=True)
+    merged = fast(config, resume=True)
+    assert merged.report is not None and merged.report.num_resumed > 0
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "out"]
+
+
+def test_resuming_is_refused_if_mergekit_computes_other_bytes(fast, monkeypatch):
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "_MAX_WINDOW_NBYTES", 1 << 14)
+    monkeypatch.setattr(recorder, "RECORD_SECONDS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("metagpt_fast.merging.make_report", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fast(OTHER_TOKENIZER)
+    original = mergekit_tasks.run_tasks
+
+    def other(tasks: Any, options: Any, **more: Any) -> Any:
+        return (
+            (task, value + 1 if torch.is_tensor(value) else value) for task, value in original(tasks, options, **more)
+        )
+
+    monkeypatch.setattr(mergekit_tasks, "run_tasks", other)
+    with pytest.raises(OutputError, match=r"it was another one.*computed"):
+        fast(OTHER_TOKENIZER, resume=True)
 
 
 def test_two_sets_of_files_in_one_folder(zoo, fast, tmp_path):

@@ -76,6 +76,7 @@ def run_merge(
     config_source: str | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     memory: str | int = DEFAULT_MEMORY,
     progress: Progress | None = None,
 ) -> FastMerge:
@@ -87,6 +88,8 @@ def run_merge(
         options: mergekit's ``MergeOptions``.
         config_source: the configuration's text, for the card.
         overwrite: replace a model that is already there, once the new one is whole; mergekit would mix the two.
+        resume: go on with the same merge where it was interrupted, if it was. mergekit plans again, and computes again
+            what the engine cannot take; if other bytes come out, resuming is refused.
         memory: bound of the memory that mapped files may take.
         progress: what is told how far the work is.
 
@@ -136,6 +139,7 @@ def run_merge(
             memory=memory,
             max_shard_size=options.out_shard_size if options.out_shard_size > 0 else _UNLIMITED,
             overwrite=overwrite,
+            resume=resume,
             progress=progress,
             started=started,
         )
@@ -143,10 +147,11 @@ def run_merge(
 
 
 @contextmanager
-def patch(*, overwrite: bool = False, memory: str | int = DEFAULT_MEMORY) -> Iterator[None]:
+def patch(*, overwrite: bool = False, resume: bool = False, memory: str | int = DEFAULT_MEMORY) -> Iterator[None]:
     """Within this context ``mergekit.merge.run_merge`` uses the engine, wherever in mergekit it is called.
 
-    For all threads. ``overwrite`` and ``memory`` are as in :func:`run_merge`. What a merge has done goes to the log.
+    For all threads. ``overwrite``, ``resume`` and ``memory`` are as in :func:`run_merge`. What a merge has done goes to
+    the log.
 
     Raises:
         IntegrationError: mergekit is missing, or of a version that is not supported.
@@ -155,7 +160,9 @@ def patch(*, overwrite: bool = False, memory: str | int = DEFAULT_MEMORY) -> Ite
     original = original_run_merge()
 
     def fast_run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:
-        merged = run_merge(merge_config, out_path, options, config_source, overwrite=overwrite, memory=memory)
+        merged = run_merge(
+            merge_config, out_path, options, config_source, overwrite=overwrite, resume=resume, memory=memory
+        )
         _logger.info("%s", merged.summary)
         for warning in merged.report.warnings if merged.report is not None else ():
             _logger.warning("%s", warning)

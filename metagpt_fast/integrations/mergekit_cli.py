@@ -53,9 +53,12 @@ def _command() -> Any:
     @click.argument("config_file")
     @click.argument("out_path")
     @click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists, once the merge is done.")
+    @click.option("--resume", is_flag=True, help="Go on with this merge if it was interrupted; else begin it.")
     @click.option("--memory", default="1GiB", show_default=True, help="Bound of the memory that mapped files may take.")
     @add_merge_options  # type: ignore[untyped-decorator]
-    def command(merge_options: Any, config_file: str, out_path: str, overwrite: bool, memory: str) -> None:
+    def command(
+        merge_options: Any, config_file: str, out_path: str, overwrite: bool, resume: bool, memory: str
+    ) -> None:
         """Merge what CONFIG_FILE says into OUT_PATH: planned by mergekit, carried out by metagpt_fast.
 
         Everything that mergekit-yaml takes works here. The output appears when it is whole. docs/integrating.md says
@@ -63,12 +66,12 @@ def _command() -> Any:
         """
         gc.enable()
         gc.freeze()
-        _run(merge_options, config_file, out_path, overwrite=overwrite, memory=memory)
+        _run(merge_options, config_file, out_path, overwrite=overwrite, resume=resume, memory=memory)
 
     return command
 
 
-def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, memory: str) -> None:
+def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, resume: bool, memory: str) -> None:
     from mergekit.config import MergeConfiguration
 
     from ..console import print_message, print_warnings
@@ -86,7 +89,16 @@ def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, memo
     with mergekit_errors(config_file):
         config = MergeConfiguration.model_validate(document)
     with open_progress(quiet=options.quiet) as progress:
-        merged = run_merge(config, out_path, options, source, overwrite=overwrite, memory=memory, progress=progress)
+        merged = run_merge(
+            config,
+            out_path,
+            options,
+            source,
+            overwrite=overwrite,
+            resume=resume,
+            memory=memory,
+            progress=progress,
+        )
     if merged.report is not None:
         print_warnings([*notes, *merged.report.warnings])
     if not options.quiet:
