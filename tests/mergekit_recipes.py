@@ -194,3 +194,13 @@ RECIPES = (
         is_for_run=False,
     ),
 )
+
+TIES = {
+    "merge_method": "ties",
+    "base_model": "llama/base",
+    "dtype": "float32",
+    "out_dtype": "bfloat16",
+    "models": models("a", "b", "c"),
+    "parameters": {"density": 0.6},
+}
+LINEAR = {"merge_method": "linear", "models": models("a", "b", weight=0.5)}
