@@ -222,7 +222,8 @@ class LayerPass:
             self._operation.solve(range(first, last))
         if last == len(self._plan.merged) and (total := self.total_gram) is not None:
             trust.sum_of(total[None], self._plan.base.path)
-            trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
+            if self._plan.tool is None:  # other tools let the base be merged with itself
+                trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
         merged = []

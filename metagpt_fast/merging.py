@@ -10,27 +10,24 @@ from pathlib import Path
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
+from .buffers import check_buffers
 from .checkpoint import open_checkpoint
-from .errors import PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
 from .plan import MergePlan, input_paths, make_plan
-from .plan_checks import exclude_hint
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
 from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
-from .untrusted import brief
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
 DEFAULT_MEMORY = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
 # Batches larger than this gain no speed, and with smaller ones the disk is asked for the next batch earlier.
 _MAX_WINDOW_NBYTES = 256 << 20
-_COMPARE_NBYTES = 4 << 20
 
 
 def merge(
@@ -110,10 +107,10 @@ def merge(
         dtype=dtype,
         exclude=exclude,
     )
-    return _carry_out(
+    return carry_out(
         plan,
-        Path(out),
-        started,
+        out,
+        started=started,
         backend=backend,
         threads=threads,
         memory=memory,
@@ -161,40 +158,50 @@ def run(
         CheckpointError, PlanError, DataError, OutputError, BackendError: as :func:`merge`.
     """
     started = time.perf_counter()
-    return _carry_out(
+    return carry_out(
         plan_recipe(recipe),
-        Path(out),
-        started,
+        out,
+        started=started,
         backend=backend,
         threads=threads,
         memory=memory,
         io=io,
         max_shard_size=max_shard_size,
-        measurement=None,
         overwrite=overwrite,
         resume=resume,
         progress=progress,
     )
 
 
-def _carry_out(
+def carry_out(  # noqa: D417 (arguments that merge() has, too)
     plan: MergePlan,
-    target: Path,
-    started: float,
+    out: str | Path,
     *,
-    backend: str,
-    threads: int | None,
-    memory: str | int,
-    io: str,
-    max_shard_size: str | int,
-    measurement: str | Path | None,
-    overwrite: bool,
-    resume: bool,
-    progress: Progress | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    measurement: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    started: float | None = None,
 ) -> MergeReport:
-    """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
+    """Measure, solve, combine and finish: merge what a plan says, that of another tool too (docs/integrating.md).
+
+    Args:
+        plan: made by :func:`plan_merge`, by ``plan_recipe``, or by the tool.
+        out: as for :func:`merge`, and so are the others.
+        started: ``time.perf_counter()`` when the merge began, for the report; default now.
+
+    Raises:
+        MetagptFastError: as :func:`merge`.
+    """
+    started = time.perf_counter() if started is None else started
+    target = Path(out)
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
+    companions = _companions(plan, target)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
@@ -212,13 +219,22 @@ def _carry_out(
             report = make_report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
             for name, content in companions:
                 writer.add_file(name, content)
-            if not is_file_target(target):
+            if not is_file_target(target) and plan.tool is None:
                 writer.add_file("README.md", model_card(report).encode())
             writer.add_file("metagpt_fast.json", report_json(report).encode())
             writer.finish()
     if measurement is not None and gram is None and layers.gram is not None:
         measurement_of(plan, layers.gram, fingerprints).save(measurement)
     return report
+
+
+def _companions(plan: MergePlan, target: Path) -> Sequence[tuple[str, bytes | Path]]:
+    """Return the output's files beside the weights, without those that the merge itself writes."""
+    if is_file_target(target):
+        return ()
+    if plan.tool is not None:
+        return plan.tool.files
+    return output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
 
 
 def plan_merge(
@@ -314,27 +330,6 @@ def measure(
     if out is not None:
         measurement.save(out)
     return measurement
-
-
-def check_buffers(plan: MergePlan, files: InputFiles) -> None:
-    """Compare the integer tensors of all checkpoints; raises PlanError where a model's differ from the base's."""
-    for buffer in plan.buffers:
-        base = buffer.source
-        for label, source in buffer.others:
-            same = source.dtype is base.dtype and source.nbytes == base.nbytes
-            for first in range(0, base.nbytes if same else 0, _COMPARE_NBYTES):
-                count = min(_COMPARE_NBYTES, base.nbytes - first)
-                if files.read(base, first, count) != files.read(source, first, count):
-                    same = False
-                    break
-            if not same:
-                raise PlanError(
-                    f"integer tensor {brief(base.name)} of {label} differs from the base's",
-                    where=source.path,
-                    got="other values" if source.dtype is base.dtype else source.dtype.name,
-                    expected=f"the same {base.dtype.name} values as in {base.path}: integers cannot be merged",
-                    hint=f"{exclude_hint(base.name)}; weights quantized to integers have to be converted to bf16 first",
-                )
 
 
 def _open_and_plan(recipe: Recipe) -> MergePlan:
