@@ -193,6 +193,7 @@ def merge_command(
         metagpt-fast merge base chat math -o out --measurement measured.json
     """  # noqa: D301
     if dry_run:
+        from .jobs import has_measurement
         from .merging import plan_merge, plan_output
         from .recipe import parse_memory
 
@@ -200,7 +201,8 @@ def merge_command(
         chosen = {name: settings[name] for name in signature(plan_merge).parameters if name in settings}
         plan = plan_merge(base, list(models), **chosen)
         shards = plan_output(plan, Path(out), settings["max_shard_size"], overwrite=settings["overwrite"])
-        show_plan(plan, shards, out, as_json=as_json, by_tensor=False)
+        is_measured = has_measurement(plan, settings["measurement"])
+        show_plan(plan, shards, out, as_json=as_json, is_measured=is_measured)
         return
     from .merging import merge
     from .progress import open_progress

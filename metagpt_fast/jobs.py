@@ -58,6 +58,17 @@ def load_gram(plan: MergePlan, measurement: str | Path | None, fingerprints: Fin
     return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
 
 
+def has_measurement(plan: MergePlan, measurement: str | Path | None) -> bool:
+    """Return whether the file ``measurement`` is there, and has what this plan would measure.
+
+    Raises:
+        MeasurementError: the file is stale or broken.
+    """
+    if measurement is None or not os.path.lexists(measurement):
+        return False
+    return load_gram(plan, measurement, fingerprints_of(plan)) is not None
+
+
 def measurement_nbytes(plan: MergePlan, fingerprints: Fingerprints) -> int:
     """Return at least the bytes that a saved measurement of this plan takes."""
     num_products = (len(plan.models) + 1) * (len(plan.models) + 2) // 2

@@ -79,15 +79,21 @@ def print_plan(
     console: Console | None = None,
     *,
     by_tensor: bool = False,
+    is_measured: bool = False,
 ) -> None:
-    """Print what a merge would do: what is read, merged, copied and written; ``by_tensor`` in detail."""
+    """Print what a merge would do: what is read, merged, copied and written; ``by_tensor`` in detail.
+
+    ``is_measured``: nothing is to be measured, because a measurement is reused.
+    """
     console = open_console() if console is None else console
     if by_tensor:
         print_tensors(plan, console)
         console.print()
     recipe = plan.recipe
     passes = f"{format_nbytes(plan.nbytes_combined)}"
-    if plan.reads_twice:
+    if is_measured:
+        passes = f"{passes} to combine; the measurement is reused"
+    elif plan.reads_twice:
         passes = f"{format_nbytes(plan.nbytes_measured)} to measure, then {passes} to combine"
     in_scopes = ""
     if recipe.granularity == "layer":

@@ -230,6 +230,21 @@ def test_dry_run_finds_what_stops_the_merge(family):
     assert result.stderr.startswith("error: ")
 
 
+def test_dry_run_looks_at_a_measurement_as_the_merge_does(family):
+    inputs = [str(family / name) for name in ("base", "chat")]
+    arguments = ["merge", *inputs, "-o", str(family / "out"), "--measurement", str(family / "m.json"), "--dry-run"]
+    assert json.loads(run(*arguments, "--json").stdout)["measurement_reused"] is False
+    assert not (family / "m.json").exists()
+    assert run("measure", *inputs, "-o", str(family / "m.json")).exit_code == 0
+    assert "the measurement is reused" in run(*arguments).stdout
+    plan = json.loads(run(*arguments, "--json").stdout)
+    assert (plan["measurement_reused"], plan["nbytes_measured"]) == (True, 0)
+    (family / "m.json").write_text("{}")
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert "m.json" in result.stderr
+
+
 def test_dry_run_refuses_too_little_memory_as_the_merge_does(family):
     inputs = [str(family / name) for name in ("base", "chat")]
     for options in ([], ["--dry-run"]):
