@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from . import trust
-from ._native import FileOperandError, place_of
+from ._native import FileOperandError, InputChangedError, place_of
 from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
 from .measurement import norms_of
@@ -19,7 +20,7 @@ from .schedule import Batch, Piece, Step, make_schedule
 from .untrusted import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -204,10 +205,8 @@ class LayerPass:
     def _measure(self, batch: Batch) -> None:
         for pieces in _alike(batch.pieces):
             layer = self._table(pieces, batch.is_mapped)
-            try:
+            with self._input_errors(pieces):
                 finite = self._operation.measure(layer, [piece.row for piece in pieces])
-            except FileOperandError as error:
-                raise _io_error(error, pieces) from error
             if not finite.all():
                 self._refuse_nonfinite(pieces, layer)
                 name = pieces[int(np.argmin(finite))].tensor.name
@@ -246,10 +245,8 @@ class LayerPass:
             assert dtype.code is not None  # --dtype takes mergeable dtypes only
             places.append((slot.data_offset + piece.first * dtype.itemsize, slot.fd, dtype.code))
             self.nbytes_written += piece.numel * dtype.itemsize
-        try:
+        with self._input_errors(pieces):
             counts = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
-        except FileOperandError as error:
-            raise _io_error(error, pieces) from error
         if counts.any():
             self._refuse_nonfinite(pieces, layer)
             for piece, count in zip(pieces, counts.tolist(), strict=True):
@@ -276,6 +273,19 @@ class LayerPass:
             ) from error
         self.nbytes_read += source.nbytes
         self.nbytes_written += source.nbytes
+
+    @contextmanager
+    def _input_errors(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Run kernels on these pieces, and let nothing pass that they made of bytes that are not the input's."""
+        try:
+            yield
+        except FileOperandError as error:
+            raise _io_error(error, pieces) from error
+        except InputChangedError as error:
+            self._files.check()
+            names = ", ".join(dict.fromkeys(str(source.path) for piece in pieces for source in piece.sources))
+            raise DataError("one of the files changed while it was read", where=names) from error
+        self._files.check()
 
     def _table(self, pieces: Sequence[Piece], is_mapped: bool) -> LayerTable:
         rows = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
-from .checkpoint import open_checkpoint
+from .checkpoint import ShardFile, open_checkpoint
 from .errors import PlanError
 from .input_files import IO_CHOICES, InputFiles
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
@@ -200,7 +200,7 @@ def _carry_out(
 
     chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), _check_io(io)) as files:
         check_buffers(plan, files)
         layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
         job = job_of(plan, shards, fingerprints, gram, chosen.name)
@@ -304,7 +304,7 @@ def measure(
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
     chosen = make_backend(backend)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), _check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
@@ -341,10 +341,9 @@ def _open_and_plan(recipe: Recipe) -> MergePlan:
     return make_plan(recipe, open_checkpoint(recipe.base), [open_checkpoint(path) for path in recipe.models])
 
 
-def _shard_paths(plan: MergePlan) -> Iterator[Path]:
+def _shards(plan: MergePlan) -> Iterator[ShardFile]:
     for checkpoint in plan.checkpoints:
-        for shard in checkpoint.shards:
-            yield shard.path
+        yield from checkpoint.shards
 
 
 def _window_nbytes(memory: str | int) -> int:
