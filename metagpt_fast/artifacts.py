@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +130,14 @@ def merged_config(path: Path, out_dtype: DType | None, layers: Sequence[int] | N
         raise CheckpointError("configuration has too many levels", where=path, got=error) from error
 
 
-def report_json(report: MergeReport) -> str:
-    """Return the content of ``metagpt_fast.json``; NaN and infinities become null, as JSON has none."""
-    return json.dumps(_plain(report.to_dict()), indent=2, allow_nan=False) + "\n"
+def report_json(report: MergeReport, output: Mapping[str, Any]) -> str:
+    """Return the content of ``metagpt_fast.json``; NaN and infinities become null, as JSON has none.
+
+    Args:
+        report: the merge.
+        output: what its files are, for ``verify``.
+    """
+    return json.dumps(_plain({**report.to_dict(), "output": output}), indent=2, allow_nan=False) + "\n"
 
 
 def _candidates(base: Checkpoint) -> Iterator[tuple[Path, str | None]]:

@@ -241,7 +241,7 @@ def _read_index(path: Path) -> dict[str, str]:
             where = f"{path}, tensor {brief(tensor)}"
             raise CheckpointError("shard is not a file name", where=where, got=type(shard).__name__, expected="str")
         if shard not in safe:
-            if not _is_plain_name(shard):
+            if not is_plain_name(shard):
                 raise CheckpointError(
                     "shard lies outside the folder, or has no usable name",
                     where=f"{path}, tensor {brief(tensor)}",
@@ -253,7 +253,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether ``name`` is one path component on every system. What it names may still be a symlink."""
     is_one_component = PurePosixPath(name).name == name and PureWindowsPath(name).name == name
     return is_one_component and name not in {"", ".", ".."} and name.isprintable()

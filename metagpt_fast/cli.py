@@ -27,6 +27,7 @@ from .cli_options import (
     speed_options,
 )
 from .cli_output import show_plan, show_report
+from .cli_verify import verify_command
 
 _EPILOG = """\b
 Exit status: 0 done, 1 a problem with the work, 2 wrong usage, 130 Ctrl-C.
@@ -307,6 +308,9 @@ def measure_command(
     from .tables import print_measurement
 
     print_measurement(measurement, saved_to=out)
+
+
+cli.add_command(verify_command)
 
 
 @cli.command(

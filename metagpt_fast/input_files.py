@@ -33,6 +33,13 @@ _COPY_CHUNK_NBYTES = 8 << 20
 FileRange = tuple[Path, int, int]
 
 
+def check_io(io: str) -> str:
+    """Return the way to read if there is such a one; raises RecipeError if not."""
+    if io not in IO_CHOICES:
+        raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+    return io
+
+
 class InputFiles:
     """Open input shards by path; use it in a ``with`` block.
 
@@ -44,8 +51,7 @@ class InputFiles:
     def __init__(self, shards: Iterable[ShardFile], io: str = "auto") -> None:
         self._shards = {shard.path: shard for shard in shards}
         self.io = _choose_io(list(self._shards)) if io == "auto" else io
-        if self.io not in IO_CHOICES:
-            raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+        check_io(self.io)
         self._files: dict[Path, _InputFile] = {}
         self._prefetcher = _Background()
         self._prefetch_buffer = memoryview(bytearray(_PREFETCH_CHUNK_NBYTES))

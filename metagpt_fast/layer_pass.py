@@ -220,8 +220,12 @@ class LayerPass:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
             self._operation.solve(range(first, last))
         if last == len(self._plan.merged) and (total := self.total_gram) is not None:
-            trust.sum_of(total[None], self._plan.base.path)
-            trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
+            self._check_total(total)
+
+    def _check_total(self, total: FloatArray) -> None:
+        """Raise DataError if the Gram matrix of the whole model says that there is nothing to merge."""
+        trust.sum_of(total[None], self._plan.base.path)
+        trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
         merged = []

@@ -12,7 +12,7 @@ from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
 from .checkpoint import ShardFile, open_checkpoint
 from .errors import PlanError
-from .input_files import IO_CHOICES, InputFiles
+from .input_files import InputFiles, check_io
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
@@ -23,6 +23,7 @@ from .recipe import Recipe, make_recipe, parse_memory
 from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
+from .shard_hashes import output_record
 from .untrusted import brief
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
@@ -200,7 +201,7 @@ def _carry_out(
 
     chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
-    with _num_threads(threads), InputFiles(_shards(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
         check_buffers(plan, files)
         layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
         job = job_of(plan, shards, fingerprints, gram, chosen.name)
@@ -214,7 +215,8 @@ def _carry_out(
                 writer.add_file(name, content)
             if not is_file_target(target):
                 writer.add_file("README.md", model_card(report).encode())
-            writer.add_file("metagpt_fast.json", report_json(report).encode())
+            hashes = writer.hashes(_native.num_threads())
+            writer.add_file("metagpt_fast.json", report_json(report, output_record(shards, hashes)).encode())
             writer.finish()
     if measurement is not None and gram is None and layers.gram is not None:
         measurement_of(plan, layers.gram, fingerprints).save(measurement)
@@ -304,7 +306,7 @@ def measure(
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
     chosen = make_backend(backend)
-    with _num_threads(threads), InputFiles(_shards(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
@@ -349,14 +351,6 @@ def _shards(plan: MergePlan) -> Iterator[ShardFile]:
 def _window_nbytes(memory: str | int) -> int:
     # Half of the bound: the kernel maps whole folios, up to some MiB around what a batch touches.
     return min(parse_memory(memory) // 2, _MAX_WINDOW_NBYTES)
-
-
-def _check_io(io: str) -> str:
-    if io not in IO_CHOICES:
-        from .errors import RecipeError
-
-        raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
-    return io
 
 
 @contextmanager

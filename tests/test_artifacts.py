@@ -242,7 +242,7 @@ def test_a_missing_configuration_cannot_be_merged(tmp_path):
 
 def test_report_json():
     values = {"cosines": [[1.0, float("nan")], [float("inf"), 0.5]], "name": "größe", "norms": (1.0, 2)}
-    text = report_json(SimpleNamespace(to_dict=lambda: values))
+    text = report_json(SimpleNamespace(to_dict=lambda: values), {})
     assert text.endswith("}\n")
     assert json.loads(text) == {"cosines": [[1.0, None], [None, 0.5]], "name": "größe", "norms": [1.0, 2]}
 

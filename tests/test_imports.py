@@ -17,14 +17,17 @@ PACKAGE = Path(metagpt_fast.__file__).parent
 # Every module, in the layers of docs/design.md: one may import from lower layers, and within its own without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli", "cli_errors", "cli_options"),
-    ("demo", "console", "progress", "tables", "method_tables", "table_parts", "cli_output"),
+    ("cli", "cli_errors", "cli_options", "cli_verify"),
+    ("demo", "console", "progress", "tables", "method_tables", "table_parts", "cli_output", "verify_tables"),
+    ("verifying",),
+    ("recomputing", "recorded_merge"),
     ("merging", "state_dicts", "recipe_plan"),
     ("reporting", "jobs"),
-    ("layer_pass", "pass_journal", "schedule", "artifacts", "model_card", "report"),
+    ("layer_pass", "pass_journal", "schedule", "artifacts", "model_card", "report", "record", "verify_report"),
     ("plan", "plan_checks", "recipe", "measurement", "trust", "family", "input_files", "ops"),
     ("recipe_methods", "recipe_tensors", "recipe_parameters", "recipe_file"),
-    ("writer", "recorder", "shard_files", "build_folder", "output_target", "output_shards", "info", "operations"),
+    ("writer", "recorder", "shard_files", "build_folder", "output_target", "output_shards", "shard_hashes", "info")
+    + ("operations",),
     ("checkpoint", "backends", "methods"),
     ("reference_threshold", "reference_moments", "reference_elect"),
     ("reference_masks", "reference_rows"),

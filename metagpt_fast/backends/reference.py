@@ -37,8 +37,7 @@ class ReferenceBackend:
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]
             (raw,) = reference.layer_merge([_operands(layer, k)], coefficients[k : k + 1], [dtype], layer.has_base)
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -86,8 +85,7 @@ class ReferenceBackend:
             (raw,) = reference_rows.column_merge(
                 [_operands(layer, k)], [int(columns[k])], [coefficients[k]], [dtype], layer.has_base
             )
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
 
     def layer_threshold(
@@ -143,9 +141,13 @@ class ReferenceBackend:
                 bool(election.normalizes[k]),
             )
             raw = reference_elect.elect(_operands(layer, k), _mask_rules(masks, k), rule, row, dtype)
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
+
+    def _put(self, address: int, file: int, raw: reference.Raw, dtype: DType) -> int:
+        """Write one result to its place; returns how many of its elements are NaN or Inf."""
+        _write(address, file, raw)
+        return reference.count_nonfinite(raw, dtype)[0]
 
 
 def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]]:
@@ -153,11 +155,12 @@ def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]
     for address, file, code in zip(layer.addresses[k], layer.files[k], layer.dtypes[k], strict=True):
         dtype = _BY_CODE[int(code)]
         nbytes = int(layer.numels[k]) * dtype.itemsize
-        operands.append((_read(int(address), int(file), nbytes), dtype))
+        operands.append((read_bytes(int(address), int(file), nbytes), dtype))
     return operands
 
 
-def _read(address: int, file: int, nbytes: int) -> NDArray[np.uint8]:
+def read_bytes(address: int, file: int, nbytes: int) -> NDArray[np.uint8]:
+    """Return bytes of memory, in place, or of a file; raises OSError where the file ends early."""
     if nbytes == 0:
         return np.empty(0, np.uint8)
     if file == MEMORY:
@@ -189,7 +192,7 @@ def _key_rule(
     num_columns, address, factors = int(columns[k]), int(row_factors[k]), None
     if key_kind == reference_masks.IMPORTANCE:
         num_rows = int(layer.numels[k]) // max(num_columns, 1)
-        factors = _read(address, MEMORY, num_rows * 8).view(np.float64)
+        factors = read_bytes(address, MEMORY, num_rows * 8).view(np.float64)
     return reference_masks.KeyRule(key_kind, num_columns, factors)
 
 

@@ -172,8 +172,8 @@ void check_changing_input(Checks& checks) {
   const Layer layer{1, 2, true, addresses.data(), files.data(), dtypes.data(), numels.data()};
   const KeyTable table{0, columns.data(), row_factors.data()};
   int num_errors = 0;
-  for (std::int64_t i = 0; i < 200; ++i) {
-    const std::array<std::int64_t, 1> ranks{i * 654};
+  for (std::int64_t i = 0; i < 60; ++i) {
+    const std::array<std::int64_t, 1> ranks{i * 2180};
     std::uint32_t key = 0;
     std::int64_t index = -1;
     try {
@@ -185,7 +185,7 @@ void check_changing_input(Checks& checks) {
   }
   is_done = true;
   writer.join();
-  checks.check(num_errors < 200, "not every pass meets a change");
+  checks.check(num_errors < 60, "not every pass meets a change");
 }
 
 }  // namespace
