@@ -12,6 +12,8 @@ Memory needs no alignment. The callers answer for the addresses: nothing here ca
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .errors import BackendError, RecipeError
@@ -59,6 +61,23 @@ def place_of(error: OSError) -> tuple[int, int]:
     """Return ``(tensor, operand)`` of a FileOperandError; operand -1 is the output."""
     placed = cast("_FileOperandError", error)
     return placed.tensor, placed.operand
+
+
+def file_operand_error(error: OSError, tensor: int, operand: int) -> OSError:
+    """Return the FileOperandError of something else than a kernel that met ``error``."""
+    placed = FileOperandError(error.errno, error.strerror)
+    vars(placed).update(tensor=tensor, operand=operand)
+    return placed
+
+
+@contextmanager
+def operand_errors_of(tensors: Sequence[int]) -> Iterator[None]:
+    """Let a FileOperandError of the block, which counts some of a layer's tensors, say which of the layer's it is."""
+    try:
+        yield
+    except FileOperandError as error:
+        tensor, operand = place_of(error)
+        raise file_operand_error(error, int(tensors[tensor]), operand) from error
 
 
 def layer_gram(

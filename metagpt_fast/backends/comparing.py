@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from .. import reference
+from .._native import operand_errors_of
 from ..dtypes import DType
 from .reference import ReferenceBackend, read_bytes
 from .tables import Backend, LayerElection, LayerTable, MaskTable, OutputTable
@@ -170,8 +171,12 @@ class ComparingBackend(ReferenceBackend):
         return np.zeros(layer.num_tensors, np.int64)
 
     def _each(self, tensors: Sequence[int], call: Callable[[int], object]) -> None:
+        def call_one(k: int) -> None:
+            with operand_errors_of([k]):
+                call(k)
+
         with ThreadPoolExecutor(self._num_threads) as pool:
-            list(pool.map(call, tensors))
+            list(pool.map(call_one, tensors))
 
     def _check_gram(self, measured: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
         norms = np.sqrt(np.diagonal(expected, axis1=1, axis2=2))
