@@ -71,7 +71,7 @@ def file_operand_error(error: OSError, tensor: int, operand: int) -> OSError:
 
 
 @contextmanager
-def operand_errors_of(tensors: Sequence[int]) -> Iterator[None]:
+def operand_errors_of(tensors: Sequence[int] | NDArray[np.int64]) -> Iterator[None]:
     """Let a FileOperandError of the block, which counts some of a layer's tensors, say which of the layer's it is."""
     try:
         yield

@@ -100,7 +100,7 @@ def read_record(out: Path) -> Record:
     content = parse_json_object(raw, path, "record")
     try:
         return _record(path, content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(f"the record is broken ({reason})", where=path) from error
 

@@ -318,6 +318,7 @@ BROKEN_RECORDS = {
     "shards are texts": {"output": {"shards": "model.safetensors"}},
     "scopes": {"scopes": []},
     "coefficients": {"coefficients": [["1"]]},
+    "a coefficient beyond float64": {"coefficients": [[10**400]]},
     "fingerprints": {"fingerprints": [1]},
     "models": {"models": [1]},
 }
