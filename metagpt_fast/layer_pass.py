@@ -14,6 +14,7 @@ from ._native import FileOperandError, InputChangedError, place_of
 from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
 from .measurement import norms_of
+from .nonfinite import NonfiniteInputs
 from .operations import make_operation
 from .pass_journal import PassJournal
 from .schedule import Batch, Piece, Step, make_schedule
@@ -54,6 +55,7 @@ class LayerPass:
         backend: what computes.
         window_nbytes: bytes of base and models that may be mapped at a time.
         gram: Gram matrices measured before, float64 ``[N, T+1, T+1]``; None if they are to be measured.
+        allow_nonfinite: combine NaN and Inf of the inputs as they are, where nothing is measured.
         progress: what is told how far the work is.
 
     Attributes:
@@ -73,6 +75,7 @@ class LayerPass:
         *,
         window_nbytes: int,
         gram: FloatArray | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._plan = plan
@@ -83,6 +86,7 @@ class LayerPass:
         self._operation = make_operation([tensor.row for tensor in plan.merged], backend, gram)
         self._journal = PassJournal(plan.merged, self._operation)
         self._is_measured = gram is not None
+        self._nonfinite = NonfiniteInputs(plan.labels, backend, is_allowed=allow_nonfinite)
         self.nbytes_read = 0
         self.nbytes_written = 0
         self.seconds_measure = 0.0
@@ -100,6 +104,11 @@ class LayerPass:
     def num_nonfinite(self) -> dict[str, int]:
         """Return output tensor name → elements that overflowed to Inf in the output dtype."""
         return self._journal.num_nonfinite
+
+    @property
+    def nonfinite_owners(self) -> dict[str, set[str]]:
+        """Return output tensor name → whose tensors hold NaN or Inf; ``num_nonfinite`` counts what came of them."""
+        return self._nonfinite.owners
 
     @property
     def num_resumed(self) -> int:
@@ -208,7 +217,7 @@ class LayerPass:
             with self._input_errors(pieces):
                 finite = self._operation.measure(layer, [piece.row for piece in pieces])
             if not finite.all():
-                self._refuse_nonfinite(pieces, layer)
+                self._nonfinite.check(pieces, layer, is_measured=True)
                 name = pieces[int(np.argmin(finite))].tensor.name
                 raise DataError("the squared norm overflows float64", where=f"tensor {brief(name)}")
         self._is_measured = True
@@ -252,7 +261,7 @@ class LayerPass:
         with self._input_errors(pieces):
             counts = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
         if counts.any():
-            self._refuse_nonfinite(pieces, layer)
+            self._nonfinite.check(pieces, layer, is_measured=False)
             for piece, count in zip(pieces, counts.tolist(), strict=True):
                 if count:
                     name = piece.tensor.name
@@ -296,25 +305,6 @@ class LayerPass:
         for piece in pieces:
             rows.append([self._files.place(source, piece.first, is_mapped=is_mapped) for source in piece.sources])
         return layer_table(rows, [piece.numel for piece in pieces], pieces[0].tensor.base is not None)
-
-    def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable) -> None:
-        """Raise DataError naming the first NaN or Inf of the inputs, if there is one."""
-        counts, first = self._backend.layer_nonfinite(layer)
-        if not counts.any():
-            return
-        k, operand = (int(i) for i in np.argwhere(counts)[0])
-        piece = pieces[k]
-        source = piece.sources[operand]
-        number = operand - layer.has_base
-        owner = "the base" if number < 0 else self._plan.labels[piece.tensor.columns[number]]
-        raise DataError(
-            f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
-            where=source.path,
-            got=f"{counts[k, operand]} such elements, the first at index {piece.first + first[k, operand]}",
-            expected="finite numbers",
-            hint="the checkpoint is damaged or its training diverged; "
-            "to take this tensor from the base as it is, use --exclude",
-        )
 
 
 class _Phases:

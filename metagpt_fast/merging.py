@@ -10,28 +10,25 @@ from pathlib import Path
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
+from .buffers import check_buffers
 from .checkpoint import ShardFile, open_checkpoint
-from .errors import PlanError
 from .input_files import InputFiles, check_io
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
 from .plan import MergePlan, input_paths, make_plan
-from .plan_checks import exclude_hint
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
 from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
 from .shard_hashes import output_record
-from .untrusted import brief
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
 DEFAULT_MEMORY = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
 # Batches larger than this gain no speed, and with smaller ones the disk is asked for the next batch earlier.
 _MAX_WINDOW_NBYTES = 256 << 20
-_COMPARE_NBYTES = 4 << 20
 
 
 def merge(
@@ -54,6 +51,8 @@ def merge(
     measurement: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge checkpoints that were fine-tuned from one base, and write the result.
@@ -85,6 +84,8 @@ def merge(
         measurement: file that keeps the Gram matrices: read if it exists (a stale one is refused), else written.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
+        copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -123,6 +124,8 @@ def merge(
         measurement=measurement,
         overwrite=overwrite,
         resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        copy_code=copy_code,
         progress=progress,
     )
 
@@ -138,6 +141,8 @@ def run(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge what a recipe says: a YAML file in mergekit's configuration language (docs/recipes.md).
@@ -152,6 +157,8 @@ def run(
         max_shard_size: size of an output file.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
+        copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -174,6 +181,8 @@ def run(
         measurement=None,
         overwrite=overwrite,
         resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        copy_code=copy_code,
         progress=progress,
     )
 
@@ -191,11 +200,15 @@ def _carry_out(
     measurement: str | Path | None,
     overwrite: bool,
     resume: bool,
+    allow_nonfinite: bool,
+    copy_code: bool,
     progress: Progress | None,
 ) -> MergeReport:
     """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = [] if is_file_target(target) else output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
+    companions = []
+    if not is_file_target(target):
+        companions = output_files(plan.base, plan.recipe.out_dtype, plan.config_layers, copy_code=copy_code)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
@@ -203,14 +216,24 @@ def _carry_out(
     window_nbytes = _window_nbytes(memory)
     with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
         check_buffers(plan, files)
-        layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
+        layers = LayerPass(
+            plan,
+            files,
+            chosen,
+            window_nbytes=window_nbytes,
+            gram=gram,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
         job = job_of(plan, shards, fingerprints, gram, chosen.name)
         with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
             layers.resume(writer)
             layers.copy(writer)
             layers.merge(writer)
             check_unchanged(plan, fingerprints)
-            report = make_report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
+            report = make_report(
+                plan, target, shards, layers, files, chosen, fingerprints, gram is not None, copy_code, started
+            )
             for name, content in companions:
                 writer.add_file(name, content)
             if not is_file_target(target):
@@ -316,27 +339,6 @@ def measure(
     if out is not None:
         measurement.save(out)
     return measurement
-
-
-def check_buffers(plan: MergePlan, files: InputFiles) -> None:
-    """Compare the integer tensors of all checkpoints; raises PlanError where a model's differ from the base's."""
-    for buffer in plan.buffers:
-        base = buffer.source
-        for label, source in buffer.others:
-            same = source.dtype is base.dtype and source.nbytes == base.nbytes
-            for first in range(0, base.nbytes if same else 0, _COMPARE_NBYTES):
-                count = min(_COMPARE_NBYTES, base.nbytes - first)
-                if files.read(base, first, count) != files.read(source, first, count):
-                    same = False
-                    break
-            if not same:
-                raise PlanError(
-                    f"integer tensor {brief(base.name)} of {label} differs from the base's",
-                    where=source.path,
-                    got="other values" if source.dtype is base.dtype else source.dtype.name,
-                    expected=f"the same {base.dtype.name} values as in {base.path}: integers cannot be merged",
-                    hint=f"{exclude_hint(base.name)}; weights quantized to integers have to be converted to bf16 first",
-                )
 
 
 def _open_and_plan(recipe: Recipe) -> MergePlan:

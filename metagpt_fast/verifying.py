@@ -15,11 +15,12 @@ import numpy as np
 from . import _native
 from .backends import make_backend
 from .backends.comparing import ComparingBackend, Difference
+from .buffers import check_buffers
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import CheckpointError, MetagptFastError
 from .input_files import check_io
 from .layer_pass import LayerPass, Progress
-from .merging import DEFAULT_MEMORY, check_buffers
+from .merging import DEFAULT_MEMORY
 from .ops import threads_for_call
 from .plan import MergePlan, TensorPlan
 from .recipe import parse_memory
