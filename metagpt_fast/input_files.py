@@ -130,6 +130,12 @@ class InputFiles:
                 hint="look at the system's log, and copy the file from elsewhere",
             )
 
+    def check_sizes(self) -> None:
+        """Raise CheckpointError if a file has become shorter: no disk has failed, and nothing will mend it."""
+        for path, file in self._files.items():
+            if os.fstat(file.fd).st_size < self._shards[path].nbytes:
+                raise _truncated(path)
+
     def _read_ahead(self, ranges: Sequence[FileRange]) -> None:
         for path, offset, nbytes in ranges:
             for start in range(offset, offset + nbytes, _PREFETCH_CHUNK_NBYTES):

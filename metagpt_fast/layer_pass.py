@@ -293,6 +293,7 @@ class LayerPass:
         try:
             yield
         except FileOperandError as error:
+            self._files.check_sizes()
             raise _io_error(error, pieces) from error
         except InputChangedError as error:
             self._files.check()

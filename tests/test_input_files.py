@@ -135,7 +135,7 @@ def test_a_signal_before_the_prefetching_thread_has_started(checkpoint, monkeypa
         raise KeyboardInterrupt
 
     model, _ = checkpoint
-    files = InputFiles(paths_of(model), "mmap")
+    files = InputFiles(model.shards, "mmap")
     with files, monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(threading.Thread, "start", interrupted_start)
         files.prefetch([(paths_of(model)[0], 0, 1000)])

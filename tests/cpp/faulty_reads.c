@@ -25,6 +25,7 @@ void faulty_reads_arm(const char* folder, int kind, long n, long count) {
   g_countdown = n;
   g_kind = kind;
 }
+void faulty_reads_disarm(void) { g_kind = kNone; }
 long faulty_reads_num_faults(void) { return g_num_faults; }
 long faulty_reads_num_calls(void) { return g_num_calls; }
 

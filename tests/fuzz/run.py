@@ -1,6 +1,6 @@
 """Fuzz the readers of files from strangers; see docs/verifying.md.
 
-    python tests/fuzz/run.py                         # every target, 2,000 files each: what the tests do
+    python tests/fuzz/run.py                         # every target, 1,000 files each: what the tests do
     python tests/fuzz/run.py header --seconds 600    # one target, for longer
     python tests/fuzz/run.py recipe --atheris --seconds 600 --keep FOLDER
 
@@ -27,13 +27,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = Path(__file__).resolve().parent / "corpus"
-NUM_FILES = 2000
+NUM_FILES = 1000
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="header, index, recipe, measurement, record")
-    parser.add_argument("--seconds", type=float, help="how long for each target, instead of 2,000 files")
+    parser.add_argument("--seconds", type=float, help="how long for each target, instead of 1,000 files")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--atheris", action="store_true", help="guided by coverage")
     parser.add_argument("--keep", type=Path, help="with --atheris: folder for new files")
