@@ -19,6 +19,7 @@ from .errors import (
     BackendError,
     CheckpointError,
     DataError,
+    IntegrationError,
     MeasurementError,
     MetagptFastError,
     OutputError,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from . import ops
     from ._native import isa, num_threads, set_isa, set_num_threads, supported_isas
     from .measurement import Measurement
-    from .merging import measure, merge, plan_merge, run
+    from .merging import carry_out, measure, merge, plan_merge, run
     from .plan import MergePlan
     from .recipe_plan import plan_recipe
     from .report import MergeReport
@@ -42,6 +43,7 @@ _MODULE_OF = {
     "Measurement": "measurement",
     "MergePlan": "plan",
     "MergeReport": "report",
+    "carry_out": "merging",
     "isa": "_native",
     "measure": "merging",
     "merge": "merging",
@@ -61,6 +63,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DataError",
+    "IntegrationError",
     "Measurement",
     "MeasurementError",
     "MergePlan",
@@ -71,6 +74,7 @@ __all__ = [
     "RecipeError",
     "VerifyReport",
     "__version__",
+    "carry_out",
     "isa",
     "measure",
     "merge",

@@ -1,4 +1,4 @@
-"""Integer tensors, which cannot be merged: whether all checkpoints have the same."""
+"""Integer tensors of a merge: copied, so they have to be the same in all checkpoints."""
 
 from __future__ import annotations
 

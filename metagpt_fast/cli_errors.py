@@ -23,15 +23,11 @@ _STDERR = 2
 _JSON_KEY = "metagpt_fast.json"
 
 
-class ReportingGroup(click.Group):
+class ReportingCommand(click.Command):
     """Turns what a command raises into one message on stderr and an exit status."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the commands, the main one first."""
-        return list(self.commands)
-
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the chosen command; METAGPT_FAST_DEBUG lets everything through as a traceback."""
+        """Run the command; METAGPT_FAST_DEBUG lets everything through as a traceback."""
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError, StdoutError):
@@ -41,6 +37,14 @@ class ReportingGroup(click.Group):
             if is_debugging and isinstance(error, Exception):
                 raise
             ctx.exit(_report(error, as_json=bool(ctx.meta.get(_JSON_KEY))))
+
+
+class ReportingGroup(ReportingCommand, click.Group):
+    """The same for a group of commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, the main one first."""
+        return list(self.commands)
 
 
 def remember_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:

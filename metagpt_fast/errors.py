@@ -87,6 +87,10 @@ class BackendError(MetagptFastError):
     """A backend, device or instruction set that was asked for cannot be used."""
 
 
+class IntegrationError(MetagptFastError):
+    """Another merge tool is missing, or is not of a version that this package works with."""
+
+
 def suggestion(name: str, allowed: Iterable[str]) -> str | None:
     """Return ``did you mean X?`` for the allowed name that is most like ``name``, or None if none is like it."""
     import difflib

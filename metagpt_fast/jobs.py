@@ -93,7 +93,11 @@ def job_of(
     """
     labels = dict(zip((id(model) for model in plan.models), plan.labels, strict=True))
     inputs: dict[str, Any] = {}
+    computed = None if plan.tool is None else plan.tool.computed
     for checkpoint, files in zip(plan.checkpoints, fingerprints, strict=True):
+        if checkpoint is computed:  # every run makes it anew: what counts is all of its content, not its time
+            inputs["computed"] = {f"file {shard.path.name}": _file_digest(shard.path) for shard in computed.shards}
+            continue
         name = labels.get(id(checkpoint), "base")
         inputs[name] = {f"file {file['name']}": {k: v for k, v in file.items() if k != "name"} for file in files}
     job = {
@@ -129,6 +133,14 @@ def _tensors_json(plan: MergePlan) -> bytes:
         parameters = {} if each.method is None else each.method.parameters()
         tensors.append([each.name, each.layer, each.action, each.out_dtype.name, each.columns, sources, parameters])
     return json.dumps([list(plan.labels), tensors]).encode()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _digest(*parts: bytes) -> str:

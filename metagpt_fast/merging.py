@@ -112,10 +112,10 @@ def merge(
         dtype=dtype,
         exclude=exclude,
     )
-    return _carry_out(
+    return carry_out(
         plan,
-        Path(out),
-        started,
+        out,
+        started=started,
         backend=backend,
         threads=threads,
         memory=memory,
@@ -169,16 +169,15 @@ def run(
         CheckpointError, PlanError, DataError, OutputError, BackendError: as :func:`merge`.
     """
     started = time.perf_counter()
-    return _carry_out(
+    return carry_out(
         plan_recipe(recipe),
-        Path(out),
-        started,
+        out,
+        started=started,
         backend=backend,
         threads=threads,
         memory=memory,
         io=io,
         max_shard_size=max_shard_size,
-        measurement=None,
         overwrite=overwrite,
         resume=resume,
         allow_nonfinite=allow_nonfinite,
@@ -187,28 +186,37 @@ def run(
     )
 
 
-def _carry_out(
+def carry_out(  # noqa: D417 (arguments that merge() has, too)
     plan: MergePlan,
-    target: Path,
-    started: float,
+    out: str | Path,
     *,
-    backend: str,
-    threads: int | None,
-    memory: str | int,
-    io: str,
-    max_shard_size: str | int,
-    measurement: str | Path | None,
-    overwrite: bool,
-    resume: bool,
-    allow_nonfinite: bool,
-    copy_code: bool,
-    progress: Progress | None,
+    backend: str = "auto",
+    threads: int | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    io: str = "auto",
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    measurement: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
+    progress: Progress | None = None,
+    started: float | None = None,
 ) -> MergeReport:
-    """Measure, solve, combine and finish; for the arguments see :func:`merge`."""
+    """Measure, solve, combine and finish: merge what a plan says, that of another tool too (docs/integrating.md).
+
+    Args:
+        plan: made by :func:`plan_merge`, by ``plan_recipe``, or by the tool.
+        out: as for :func:`merge`, and so are the others.
+        started: ``time.perf_counter()`` when the merge began, for the report; default now.
+
+    Raises:
+        MetagptFastError: as :func:`merge`.
+    """
+    started = time.perf_counter() if started is None else started
+    target = Path(out)
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = []
-    if not is_file_target(target):
-        companions = output_files(plan.base, plan.recipe.out_dtype, plan.config_layers, copy_code=copy_code)
+    companions = _companions(plan, target, copy_code)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
@@ -236,7 +244,7 @@ def _carry_out(
             )
             for name, content in companions:
                 writer.add_file(name, content)
-            if not is_file_target(target):
+            if not is_file_target(target) and plan.tool is None:
                 writer.add_file("README.md", model_card(report).encode())
             hashes = writer.hashes(_native.num_threads())
             writer.add_file("metagpt_fast.json", report_json(report, output_record(shards, hashes)).encode())
@@ -244,6 +252,15 @@ def _carry_out(
     if measurement is not None and gram is None and layers.gram is not None:
         measurement_of(plan, layers.gram, fingerprints).save(measurement)
     return report
+
+
+def _companions(plan: MergePlan, target: Path, copy_code: bool) -> Sequence[tuple[str, bytes | Path]]:
+    """Return the output's files beside the weights, without those that the merge itself writes."""
+    if is_file_target(target):
+        return ()
+    if plan.tool is not None:
+        return plan.tool.files
+    return output_files(plan.base, plan.recipe.out_dtype, plan.config_layers, copy_code=copy_code)
 
 
 def plan_merge(

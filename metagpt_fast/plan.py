@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -93,6 +93,22 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class ToolPart:
+    """What a tool that has made a plan adds to the merge (docs/integrating.md).
+
+    Attributes:
+        files: name and content, as ``CheckpointWriter.add_file`` takes them, of what goes into the output beside the
+            weights, in place of the base's files and the model card.
+        record: what ``metagpt_fast.json`` keeps under ``tool``; plain values.
+        computed: a checkpoint of tensors that the tool has computed, if there are some; the plan copies them.
+    """
+
+    files: tuple[tuple[str, bytes | Path], ...]
+    record: Mapping[str, Any]
+    computed: Checkpoint | None = None
+
+
+@dataclass(frozen=True)
 class MergePlan:
     """A whole merge.
 
@@ -106,6 +122,7 @@ class MergePlan:
         config_layers: for each layer of the output, which layer of the base its configuration is that of; None where
             the output has the base's layers.
         warnings: sentences for the user about what was asked for.
+        tool: what is another tool's, if one has made the plan.
     """
 
     recipe: Recipe
@@ -116,6 +133,7 @@ class MergePlan:
     buffers: tuple[Buffer, ...]
     config_layers: tuple[int, ...] | None = None
     warnings: tuple[str, ...] = ()
+    tool: ToolPart | None = None
 
     @cached_property
     def merged(self) -> tuple[TensorPlan, ...]:
@@ -130,7 +148,9 @@ class MergePlan:
     @cached_property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Return every checkpoint once, the base first."""
-        return tuple({id(each): each for each in (self.base, *self.models)}.values())
+        computed = None if self.tool is None else self.tool.computed
+        every = (self.base, *self.models, *(() if computed is None else (computed,)))
+        return tuple({id(each): each for each in every}.values())
 
     @cached_property
     def scopes(self) -> tuple[LayerPlan, ...]:

@@ -45,6 +45,7 @@ class Record:
         exclude: the pattern of tensors taken from the base, or None.
         out_dtype: of merged tensors: ``keep``, ``bf16``, ...
         recipe: the recipe's text, or None.
+        is_of_tool: whether another tool had made the merge's plan (docs/integrating.md).
         backend: what computed the merge.
         scopes: what the rows of ``coefficients`` are for, S of them.
         coefficients: S rows of M numbers; None where a number is not finite.
@@ -62,6 +63,7 @@ class Record:
     exclude: str | None
     out_dtype: str
     recipe: str | None
+    is_of_tool: bool
     backend: str
     scopes: tuple[str, ...]
     coefficients: tuple[tuple[float | None, ...], ...]
@@ -121,6 +123,7 @@ def _record(path: Path, content: Mapping[str, Any]) -> Record:
         exclude=_optional_text(content["exclude"]),
         out_dtype=_text(content["out_dtype"]),
         recipe=_optional_text(content.get("recipe")),
+        is_of_tool=content.get("tool") is not None,
         backend=_text(content["backend"]),
         scopes=scopes,
         coefficients=coefficients,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,11 +60,26 @@ def recorded_plan(record: Record, out: Path) -> tuple[MergePlan, Path]:
     return _plan(record, folders[-1]), folders[-1]
 
 
-def check_inputs(record: Record, plan: MergePlan, folder: Path) -> list[InputCheck]:
+def recorded_inputs(record: Record, out: Path) -> tuple[list[Checkpoint], Path]:
+    """Return the checkpoints that the record has fingerprints of, and the folder that its paths are relative to.
+
+    Raises:
+        MetagptFastError: one is not there, or is broken.
+    """
+    folders = list(_folders(record, out))
+    for folder in folders[:-1]:
+        try:
+            return [open_checkpoint(folder / path) for path in record.fingerprints], folder
+        except MetagptFastError:
+            continue
+    return [open_checkpoint(folders[-1] / path) for path in record.fingerprints], folders[-1]
+
+
+def check_inputs(record: Record, checkpoints: Sequence[Checkpoint], folder: Path) -> list[InputCheck]:
     """Compare the inputs' fingerprints with the recorded ones."""
     recorded = {folder / path: (path, files) for path, files in record.fingerprints.items()}
     checks = []
-    for checkpoint in plan.checkpoints:
+    for checkpoint in checkpoints:
         path, files = recorded.get(checkpoint.path, (str(checkpoint.path), None))
         checks.append(_check_input(checkpoint, path, files))
     return checks

@@ -52,6 +52,7 @@ class MergeReport:
         fingerprints: per path, what identifies the input files.
         versions: of this package, Python and NumPy.
         shards: the names of the output's safetensors files.
+        tool: what the tool that made the plan has recorded, plain values; None without one.
     """
 
     out: Path
@@ -87,6 +88,7 @@ class MergeReport:
     shards: tuple[str, ...]
     recipe: str | None = None
     num_resumed: int = 0
+    tool: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with plain Python values, for JSON."""

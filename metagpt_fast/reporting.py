@@ -46,7 +46,7 @@ def _warnings(plan: MergePlan, layers: LayerPass, copy_code: bool) -> tuple[str,
         else:
             problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
         warnings.append(f"{count} elements of tensor {brief(name)} {problem}")
-    return (*warnings, *warnings_for(plan.base, copy_code=copy_code))
+    return (*warnings, *(warnings_for(plan.base, copy_code=copy_code) if plan.tool is None else ()))
 
 
 def make_report(
@@ -64,6 +64,7 @@ def make_report(
     """Return the report of a finished merge."""
     recipe = plan.recipe
     total = layers.total_gram
+    computed = None if plan.tool is None else plan.tool.computed
     scopes, coefficients = coefficients_by_scope(plan, layers.coefficients)
     return MergeReport(
         out=target,
@@ -82,7 +83,7 @@ def make_report(
         base_norm=None if total is None else float(np.sqrt(total[0, 0])),
         warnings=_warnings(plan, layers, copy_code),
         num_tensors=len(plan.tensors),
-        num_copied=len(plan.copied) + layers.num_unchanged,
+        num_copied=len(plan.copied) + layers.num_unchanged - (0 if computed is None else len(computed.tensors)),
         num_parameters=plan.num_parameters,
         nbytes_read=layers.nbytes_read,
         nbytes_written=layers.nbytes_written,
@@ -94,7 +95,7 @@ def make_report(
         num_threads=_native.num_threads(),
         io=files.io,
         measurement_reused=measurement_reused,
-        fingerprints={str(c.path): f for c, f in zip(plan.checkpoints, fingerprints, strict=True)},
+        fingerprints={str(c.path): f for c, f in zip(plan.checkpoints, fingerprints, strict=True) if c is not computed},
         versions={
             "metagpt_fast": __version__,
             "python": platform.python_version(),
@@ -103,6 +104,7 @@ def make_report(
         shards=tuple(shard.file_name for shard in shards),
         recipe=recipe.text,
         num_resumed=layers.num_resumed,
+        tool=None if plan.tool is None else dict(plan.tool.record),
     )
 
 
@@ -120,6 +122,8 @@ def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tu
     for row, tensor in enumerate(plan.merged):
         for t, column in enumerate(tensor.columns):
             table[row, column] += coefficients[row, t]
+    if not plan.merged:
+        return ("model",), np.zeros((1, len(plan.models)))
     has_scopes = plan.recipe.granularity != "model" and not isinstance(plan.recipe.method, SparseMethod)
     if not has_scopes and (table == table[:1]).all():
         return ("model",), table[:1]

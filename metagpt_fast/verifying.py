@@ -30,6 +30,7 @@ from .recorded_merge import (
     RecordedMethod,
     check_inputs,
     needs_whole_scopes,
+    recorded_inputs,
     recorded_plan,
     recorded_row,
     with_recorded_coefficients,
@@ -173,12 +174,22 @@ class _Verification:
         unusable = ""
         plan: MergePlan | None = None
         try:
-            plan, folder = recorded_plan(self._record, self._out)
-            self._inputs = check_inputs(self._record, plan, folder)
+            if self._record.is_of_tool:
+                checkpoints, folder = recorded_inputs(self._record, self._out)
+            else:
+                plan, folder = recorded_plan(self._record, self._out)
+                checkpoints = list(plan.checkpoints)
+            self._inputs = check_inputs(self._record, checkpoints, folder)
             unusable = "; ".join(f"{each.path}: {each.what}" for each in self._inputs if each.state == "changed")
         except MetagptFastError as error:
             unusable = str(error)
             self._inputs = []
+        if not unusable and plan is None:
+            what = "no tensor was recomputed: another tool had made the merge's plan"
+            if self._is_full:
+                self._problem("record", str(self._record.path), what)
+            else:
+                self._notes.append(what)
         if not unusable:
             return plan
         if self._is_full or self._wants_inputs:

@@ -17,7 +17,7 @@ PACKAGE = Path(metagpt_fast.__file__).parent
 # Every module, in the layers of docs/design.md: one may import from lower layers, and within its own without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("cli", "cli_errors", "cli_options", "cli_verify"),
+    ("integrations", "cli", "cli_errors", "cli_options", "cli_verify"),
     ("demo", "console", "progress", "tables", "method_tables", "table_parts", "cli_output", "verify_tables"),
     ("verifying",),
     ("recomputing", "recorded_merge"),
@@ -100,7 +100,7 @@ def test_only_adapters_name_torch():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
             named |= {(module_of(path), name) for name in names if name.split(".")[0] in {"torch", "transformers"}}
-    assert not named
+    assert {module for module, _ in named} <= {"integrations"}
 
 
 def test_importing_the_package_is_cheap():

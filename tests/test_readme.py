@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ CODE_SPAN = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
 # Read by libraries on our behalf: rich looks for it.
 READ_ELSEWHERE = {"NO_COLOR"}
+OTHER_TOOLS = ("mergekit", "sd_mecha", "fusion_bench")
 
 
 def text_of(page):
@@ -48,9 +51,20 @@ def table_rows(text, heading):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
+def mergekits_options():
+    """Return every spelling of the options of mergekit-yaml-fast, most of which are mergekit's."""
+    if importlib.util.find_spec("mergekit") is None:
+        pytest.skip("pip install '.[mergekit]'")
+    from metagpt_fast.integrations import mergekit_cli
+
+    command = mergekit_cli._command()
+    return {spelling for option in command.params for spelling in (*option.opts, *option.secondary_opts)}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_exist(page):
     everywhere = set().union(*(options_of(name) for name in (None, *cli.commands)))
+    everywhere |= mergekits_options() if page.stem == "integrating" else set()
     text = text_of(page)
     for command in commands_in(text):
         name, *_ = command.split() or [""]
@@ -138,7 +152,12 @@ def test_there_are_python_examples():
 def test_python_examples_run(example, tmp_path, monkeypatch):
     make_tiny(tmp_path)
     monkeypatch.chdir(tmp_path)
-    exec(compile(example, "README.md", "exec", dont_inherit=True), {"__name__": "example"})
+    with warnings.catch_warnings():
+        for tool in OTHER_TOOLS:
+            if f"import {tool}" in example or f"from {tool}" in example:
+                warnings.simplefilter("ignore")  # what others deprecate
+                pytest.importorskip(tool)
+        exec(compile(example, "README.md", "exec", dont_inherit=True), {"__name__": "example"})
 
 
 MERGES = re.findall(r"^metagpt-fast merge .*$", text_of(README), re.MULTILINE)

@@ -296,6 +296,19 @@ def test_inputs_that_changed(tmp_path):
     assert mf.verify(out, full=True).problems[0].kind == "input"
 
 
+def test_a_merge_that_another_tool_had_planned(out, tmp_path):
+    """What the tool wanted is not in the record: hashes, headers and inputs are compared, nothing is recomputed."""
+    edit_json(out / "metagpt_fast.json", lambda content: content.update(tool={"name": "other"}, method="other"))
+    report = mf.verify(out, inputs=True)
+    assert report.ok, report.problems
+    assert report.notes == ("no tensor was recomputed: another tool had made the merge's plan",)
+    assert {each.state for each in report.inputs} == {"same"}
+    assert [each.kind for each in mf.verify(out, full=True).problems] == ["record"]
+    source = read_header(sorted(out.glob("*.safetensors"))[0]).tensors[0]
+    flip(source.path, source.data_offset)
+    assert [each.kind for each in mf.verify(out).problems] == ["shard"]
+
+
 def test_records_without_hashes(out):
     edit_json(out / "metagpt_fast.json", lambda content: content.pop("output"))
     report = mf.verify(out)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # The fastest combination for these checkpoints, measured with mergekit 0.1.5.
-_FAST_OPTIONS = ("--async-write", "--write-threads", "2", "--out-shard-size", "500M", "--lazy-unpickle", "--quiet")
+FAST_OPTIONS = ("--async-write", "--write-threads", "2", "--out-shard-size", "500M", "--lazy-unpickle", "--quiet")
 
 
 def recipe(method: str, base: Path, models: Sequence[Path]) -> str:
@@ -23,4 +23,4 @@ def recipe(method: str, base: Path, models: Sequence[Path]) -> str:
 
 def command(program: str, recipe_file: Path, out: Path, *, is_fast: bool = True) -> list[str]:
     """Return the command; ``program`` is mergekit-yaml, by name or path; without ``is_fast`` its default options."""
-    return [program, str(recipe_file), str(out), *(_FAST_OPTIONS if is_fast else ())]
+    return [program, str(recipe_file), str(out), *(FAST_OPTIONS if is_fast else ())]

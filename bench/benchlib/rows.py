@@ -45,6 +45,9 @@ METRICS: dict[str, Meaning] = {
     "ratio_to_reference": Meaning("x", "lower", is_portable=True),
     "peak_anonymous_mb": Meaning("MB", "lower", is_portable=True),
     "peak_resident_mb": Meaning("MB", "lower", is_portable=True),
+    "seconds_after_planning": Meaning("s", "lower"),
+    "speedup_after_planning": Meaning("x", "higher", is_portable=True),
+    "peak_above_imports_mb": Meaning("MB", "lower", is_portable=True),
     "percent_cached": Meaning("%", None),
 }
 
@@ -80,7 +83,7 @@ class Row:
     """One thing that was measured.
 
     Attributes:
-        suite: ``kernels``, ``merge``, ``methods`` or ``startup``.
+        suite: ``kernels``, ``merge``, ``methods``, ``mergekit`` or ``startup``.
         name: unique within the suite; the same in every result, so that two can be compared.
         parameters: what the name stands for, as plain values.
         metrics: by name in ``METRICS``.

@@ -16,6 +16,8 @@ _SHOWN = {
               "peak_resident_mb"),
     "methods": ("seconds", "speedup_mergekit", "speedup_mergekit_fast", "user_seconds", "system_seconds",
                 "peak_anonymous_mb", "peak_resident_mb"),
+    "mergekit": ("seconds", "speedup_mergekit_fast", "seconds_after_planning", "speedup_after_planning",
+                 "peak_anonymous_mb", "peak_above_imports_mb"),
     "startup": ("seconds",),
 }  # fmt: skip
 _FILE_WIDTH = 180
@@ -33,6 +35,9 @@ HEADINGS = {
     "ratio_to_reference": "x reference",
     "peak_anonymous_mb": "peak anon MB",
     "peak_resident_mb": "peak RSS MB",
+    "seconds_after_planning": "s after planning",
+    "speedup_after_planning": "x mergekit after planning",
+    "peak_above_imports_mb": "above imports MB",
     "percent_cached": "% cached",
 }
 
