@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from .recipe_plan import plan_recipe
     from .report import MergeReport
     from .state_dicts import merge_state_dicts
+    from .verify_report import VerifyReport
+    from .verifying import verify
 
 _MODULE_OF = {
     "Measurement": "measurement",
@@ -53,6 +55,8 @@ _MODULE_OF = {
     "set_isa": "_native",
     "set_num_threads": "_native",
     "supported_isas": "_native",
+    "verify": "verifying",
+    "VerifyReport": "verify_report",
 }
 
 __all__ = [
@@ -68,6 +72,7 @@ __all__ = [
     "OutputError",
     "PlanError",
     "RecipeError",
+    "VerifyReport",
     "__version__",
     "carry_out",
     "isa",
@@ -82,6 +87,7 @@ __all__ = [
     "set_isa",
     "set_num_threads",
     "supported_isas",
+    "verify",
 ]
 
 

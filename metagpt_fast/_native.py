@@ -12,6 +12,8 @@ Memory needs no alignment. The callers answer for the addresses: nothing here ca
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .errors import BackendError, RecipeError
@@ -48,6 +50,9 @@ class _FileOperandError(Protocol):
 FileOperandError = cast("type[OSError]", _core.FileOperandError)
 """OSError raised when a file operand cannot be read or written; has ``tensor`` and ``operand`` (-1: output)."""
 
+InputChangedError = cast("type[RuntimeError]", _core.InputChangedError)
+"""RuntimeError raised by a kernel that reads its input twice and met other values the second time."""
+
 SPAN_NUMEL: int = _core.SPAN_NUMEL
 """Elements per work item. Pieces of a tensor that are multiples of it keep the Gram matrix's bits."""
 
@@ -56,6 +61,23 @@ def place_of(error: OSError) -> tuple[int, int]:
     """Return ``(tensor, operand)`` of a FileOperandError; operand -1 is the output."""
     placed = cast("_FileOperandError", error)
     return placed.tensor, placed.operand
+
+
+def file_operand_error(error: OSError, tensor: int, operand: int) -> OSError:
+    """Return the FileOperandError of something else than a kernel that met ``error``."""
+    placed = FileOperandError(error.errno, error.strerror)
+    vars(placed).update(tensor=tensor, operand=operand)
+    return placed
+
+
+@contextmanager
+def operand_errors_of(tensors: Sequence[int] | NDArray[np.int64]) -> Iterator[None]:
+    """Let a FileOperandError of the block, which counts some of a layer's tensors, say which of the layer's it is."""
+    try:
+        yield
+    except FileOperandError as error:
+        tensor, operand = place_of(error)
+        raise file_operand_error(error, int(tensors[tensor]), operand) from error
 
 
 def layer_gram(
@@ -193,6 +215,25 @@ def bandwidth_read(address: int, nbytes: int) -> int:
 def bandwidth_triad(a: int, b: int, c: int, numel: int) -> None:
     """Compute ``a = b + 3·c`` on float32 arrays with the kernels' threads: the ceiling of ``layer_merge``."""
     _core.bandwidth_triad(a, b, c, numel)
+
+
+def guard_mapping(address: int, nbytes: int) -> int:
+    """Guard a mapped file against SIGBUS until ``unguard_mapping``; returns the guard's number.
+
+    A page of it that cannot be read, because the file was truncated or its disk failed, is replaced by zeros together
+    with all pages behind it, and remembered: ask ``fault_offset`` before using what a kernel made of it.
+    """
+    return cast("int", _core.guard_mapping(address, nbytes))
+
+
+def unguard_mapping(guard: int) -> None:
+    """End a guard; call it before the file is unmapped."""
+    _core.unguard_mapping(guard)
+
+
+def fault_offset(guard: int) -> int:
+    """Return where the first page that could not be read begins, in bytes from the mapping's start; -1: none."""
+    return cast("int", _core.fault_offset(guard))
 
 
 def supported_isas() -> list[str]:

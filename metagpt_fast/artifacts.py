@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["companion_files", "merged_config", "model_card", "output_files", "report_json", "warnings_for"]
 
-# An allow list: what is not known to be needed stays behind, code (*.py) and weights above all.
+# An allow list: what is not known to be needed stays behind, weights above all, and code (*.py) if it is not asked for.
 _PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -54,17 +54,19 @@ _NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _DTYPE_KEYS = ("torch_dtype", "dtype")  # transformers 5 writes the second
 
 
-def companion_files(base: Checkpoint) -> list[Path]:
+def companion_files(base: Checkpoint, *, copy_code: bool = False) -> list[Path]:
     """Return the base's files that belong into the output, sorted by name; none for a bare file.
+
+    With ``copy_code`` its ``*.py`` files are among them, which nothing here runs.
 
     Left out are files that are not on the allow list, files larger than 256 MiB, and links to places outside
     the checkpoint: a stranger's checkpoint may link to a private file of the user, and outputs get published.
     """
-    return [path for path, problem in _candidates(base) if problem is None]
+    return [path for path, problem in _candidates(base, copy_code=copy_code) if problem is None]
 
 
 def output_files(
-    base: Checkpoint, out_dtype: DType | None, layers: Sequence[int] | None = None
+    base: Checkpoint, out_dtype: DType | None, layers: Sequence[int] | None = None, *, copy_code: bool = False
 ) -> list[tuple[str, bytes | Path]]:
     """Return name and content, as ``CheckpointWriter.add_file`` takes them, of each companion file.
 
@@ -74,7 +76,7 @@ def output_files(
         CheckpointError: ``config.json`` is broken, or a file may not be read.
     """
     files: list[tuple[str, bytes | Path]] = []
-    for path in companion_files(base):
+    for path in companion_files(base, copy_code=copy_code):
         name = path.relative_to(base.path).as_posix()
         if not os.access(path, os.R_OK):
             raise unreadable(path, PermissionError())
@@ -82,7 +84,7 @@ def output_files(
     return files
 
 
-def warnings_for(base: Checkpoint) -> tuple[str, ...]:
+def warnings_for(base: Checkpoint, *, copy_code: bool = False) -> tuple[str, ...]:
     """Return what the user should know about the files that the output does not get from the base.
 
     Raises:
@@ -92,13 +94,17 @@ def warnings_for(base: Checkpoint) -> tuple[str, ...]:
         return ()
     warnings = []
     config = base.path / "config.json"
-    candidates = dict(_candidates(base))
+    candidates = dict(_candidates(base, copy_code=copy_code))
     if config not in candidates:
         warnings.append(f"{base.path}: no config.json, so the output has none and transformers cannot load it")
-    elif candidates[config] is None and "auto_map" in _parse_config(config)[1]:
+    elif candidates[config] is None and not copy_code and "auto_map" in _parse_config(config)[1]:
         warnings.append(
-            f"{config}: the model has code of its own (auto_map), which is never copied; to load the output, "
-            "read the base's *.py files and copy them into it"
+            f"{config}: the model has code of its own (auto_map), which was not copied; to load the output, "
+            "read the base's *.py files and copy them into it, or merge with --copy-code"
+        )
+    if copied := [path.name for path in candidates if path.suffix == ".py" and candidates[path] is None]:
+        warnings.append(
+            f"{base.path}: {', '.join(copied)} copied; who loads the output with trust_remote_code runs them"
         )
     warnings += [f"{path}: {problem}, so it was not copied" for path, problem in candidates.items() if problem]
     return tuple(warnings)
@@ -130,20 +136,26 @@ def merged_config(path: Path, out_dtype: DType | None, layers: Sequence[int] | N
         raise CheckpointError("configuration has too many levels", where=path, got=error) from error
 
 
-def report_json(report: MergeReport) -> str:
-    """Return the content of ``metagpt_fast.json``; NaN and infinities become null, as JSON has none."""
-    return json.dumps(_plain(report.to_dict()), indent=2, allow_nan=False) + "\n"
+def report_json(report: MergeReport, output: Mapping[str, Any]) -> str:
+    """Return the content of ``metagpt_fast.json``; NaN and infinities become null, as JSON has none.
+
+    Args:
+        report: the merge.
+        output: what its files are, for ``verify``.
+    """
+    return json.dumps(_plain({**report.to_dict(), "output": output}), indent=2, allow_nan=False) + "\n"
 
 
-def _candidates(base: Checkpoint) -> Iterator[tuple[Path, str | None]]:
+def _candidates(base: Checkpoint, *, copy_code: bool) -> Iterator[tuple[Path, str | None]]:
     """Yield the base's files on the allow list, each with the reason not to copy it, or None."""
     if base.is_bare_file:
         return
     # In a Hugging Face cache every file is a link, to the folder that the weights' links lead to as well.
     homes = {shard.path.resolve().parent for shard in base.shards}
     root = base.path.resolve()
-    for path in sorted({p for pattern in _PATTERNS for p in base.path.glob(pattern)}):
-        if path.suffix != ".py" and path.is_file():  # LICENSE.py would match, too
+    patterns = (*_PATTERNS, "*.py") if copy_code else _PATTERNS
+    for path in sorted({p for pattern in patterns for p in base.path.glob(pattern)}):
+        if (copy_code or path.suffix != ".py") and path.is_file():  # LICENSE.py would match, too
             real = path.resolve()
             nbytes = path.stat().st_size
             if root not in real.parents and real.parent not in homes:

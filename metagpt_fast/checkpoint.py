@@ -38,6 +38,7 @@ _STEMS = ("model", "diffusion_pytorch_model")  # transformers, diffusers
 _ONE_OF_MANY = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_MAX_NAME_NBYTES = 255  # of a file, on every common file system
 _PAGE_NBYTES = 4096
 _NUM_PAGES = 16
 
@@ -241,7 +242,7 @@ def _read_index(path: Path) -> dict[str, str]:
             where = f"{path}, tensor {brief(tensor)}"
             raise CheckpointError("shard is not a file name", where=where, got=type(shard).__name__, expected="str")
         if shard not in safe:
-            if not _is_plain_name(shard):
+            if not is_plain_name(shard):
                 raise CheckpointError(
                     "shard lies outside the folder, or has no usable name",
                     where=f"{path}, tensor {brief(tensor)}",
@@ -253,10 +254,11 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
     """Whether ``name`` is one path component on every system. What it names may still be a symlink."""
     is_one_component = PurePosixPath(name).name == name and PureWindowsPath(name).name == name
-    return is_one_component and name not in {"", ".", ".."} and name.isprintable()
+    is_usable = name.isprintable() and len(name.encode()) <= _MAX_NAME_NBYTES
+    return is_one_component and name not in {"", ".", ".."} and is_usable
 
 
 def _check_present(folder: Path, files: Sequence[Path]) -> None:

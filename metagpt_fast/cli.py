@@ -17,16 +17,18 @@ from .cli_options import (
     AssignmentType,
     CoefficientsType,
     SectionCommand,
-    SizeType,
     assignments_to_dict,
     display_options,
     exclude_option,
     input_arguments,
     json_option,
+    nonfinite_option,
     option,
+    output_options,
     speed_options,
 )
 from .cli_output import show_plan, show_report
+from .cli_verify import verify_command
 
 _EPILOG = """\b
 Exit status: 0 done, 1 a problem with the work, 2 wrong usage, 130 Ctrl-C.
@@ -102,11 +104,7 @@ def cli() -> None:
     default="keep",
     help="Dtype of the merged tensors; keep takes the base's.",
 )
-@option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
-@option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
-@option(
-    "Output", "--resume", is_flag=True, help="Go on with the same merge to OUT if it was interrupted; else begin it."
-)
+@output_options
 @option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan, write nothing.")
 @option(
     "Method",
@@ -156,6 +154,7 @@ def cli() -> None:
     help="Norms and cosines of these models: used if FILE exists (saves reading the files once), "
     "written if it does not.",
 )
+@nonfinite_option
 @speed_options
 @display_options
 def merge_command(
@@ -220,12 +219,9 @@ def merge_command(
 )
 @click.argument("recipe", metavar="RECIPE.yaml")
 @click.argument("out", metavar="OUT")
-@option("Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file.")
-@option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done.")
-@option(
-    "Output", "--resume", is_flag=True, help="Go on with the same merge to OUT if it was interrupted; else begin it."
-)
+@output_options
 @option("Output", "--dry-run", is_flag=True, help="Read headers only, print the plan tensor by tensor, write nothing.")
+@nonfinite_option
 @speed_options
 @display_options
 def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: bool, **settings: Any) -> None:
@@ -309,6 +305,9 @@ def measure_command(
     from .tables import print_measurement
 
     print_measurement(measurement, saved_to=out)
+
+
+cli.add_command(verify_command)
 
 
 @cli.command(

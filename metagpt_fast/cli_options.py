@@ -155,6 +155,40 @@ def exclude_option(section: str) -> Callable[[F], F]:
     )
 
 
+def output_options(function: F) -> F:
+    """Add --max-shard-size, --overwrite, --resume and --copy-code."""
+    for decorator in (
+        option(
+            "Output",
+            "--copy-code",
+            is_flag=True,
+            help="Copy BASE's *.py files, for models with code of their own. Read them: loading OUT may run them.",
+        ),
+        option(
+            "Output",
+            "--resume",
+            is_flag=True,
+            help="Go on with the same merge to OUT if it was interrupted; else begin it.",
+        ),
+        option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done."),
+        option(
+            "Output", "--max-shard-size", type=SizeType(), metavar="SIZE", default="5GB", help="Most bytes per file."
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def nonfinite_option(function: F) -> F:
+    """Add --allow-nonfinite."""
+    return option(
+        "Method",
+        "--allow-nonfinite",
+        is_flag=True,
+        help="Merge NaN and Inf as they are, and warn, where nothing is measured; else they end the merge.",
+    )(function)
+
+
 def speed_options(function: F) -> F:
     """Add --threads, --memory, --io and --backend."""
     section = "Speed and memory"

@@ -15,9 +15,11 @@ from types import TracebackType
 
 import numpy as np
 
+from . import _native
 from .backends.tables import MEMORY, Place
-from .checkpoint import TensorSource
+from .checkpoint import ShardFile, TensorSource
 from .errors import CheckpointError, RecipeError
+from .untrusted import read_at, unreadable
 
 IO_CHOICES = ("auto", "mmap", "pread")
 
@@ -31,28 +33,34 @@ _COPY_CHUNK_NBYTES = 8 << 20
 FileRange = tuple[Path, int, int]
 
 
+def check_io(io: str) -> str:
+    """Return the way to read if there is such a one; raises RecipeError if not."""
+    if io not in IO_CHOICES:
+        raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+    return io
+
+
 class InputFiles:
     """Open input shards by path; use it in a ``with`` block.
 
     Args:
-        paths: the shards, validated by ``open_checkpoint``.
+        shards: what ``open_checkpoint`` has validated.
         io: ``mmap``, ``pread``, or ``auto`` (pread if any shard is on a network or FUSE file system).
     """
 
-    def __init__(self, paths: Iterable[Path], io: str = "auto") -> None:
-        self._paths = list(dict.fromkeys(paths))
-        self.io = _choose_io(self._paths) if io == "auto" else io
-        if self.io not in IO_CHOICES:
-            raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
+    def __init__(self, shards: Iterable[ShardFile], io: str = "auto") -> None:
+        self._shards = {shard.path: shard for shard in shards}
+        self.io = _choose_io(list(self._shards)) if io == "auto" else io
+        check_io(self.io)
         self._files: dict[Path, _InputFile] = {}
         self._prefetcher = _Background()
         self._prefetch_buffer = memoryview(bytearray(_PREFETCH_CHUNK_NBYTES))
 
     def __enter__(self) -> InputFiles:
-        _allow_open_files(2 * len(self._paths) + 256)
+        _allow_open_files(2 * len(self._shards) + 256)
         try:
-            for path in self._paths:
-                self._files[path] = _InputFile(path, is_mapped=self.io == "mmap")
+            for path, shard in self._shards.items():
+                self._files[path] = _InputFile(shard, is_mapped=self.io == "mmap")
         except BaseException:
             self._close()
             raise
@@ -85,15 +93,48 @@ class InputFiles:
                 self._files[path].release(offset, nbytes)
 
     def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> None:
-        """Copy a tensor's bytes into an open file; file systems with reflinks share the blocks instead."""
-        copy_range(self._files[source.path].fd, source.data_offset, out_fd, out_offset, source.nbytes)
+        """Copy a tensor's bytes into an open file; file systems with reflinks share the blocks instead.
+
+        Raises:
+            CheckpointError: the file has become too short, or a read failed.
+            OSError: a write failed.
+        """
+        try:
+            copy_range(self._files[source.path].fd, source.data_offset, out_fd, out_offset, source.nbytes)
+        except OSError:
+            self.read(source, 0, source.nbytes)  # raises if it is the input that fails
+            raise
 
     def read(self, source: TensorSource, first_byte: int, nbytes: int) -> bytes:
-        """Return bytes of a tensor; raises CheckpointError if the file has become too short."""
-        content = os.pread(self._files[source.path].fd, nbytes, source.data_offset + first_byte)
+        """Return bytes of a tensor; raises CheckpointError if the file has become too short, or a read fails."""
+        try:
+            content = read_at(self._files[source.path].fd, nbytes, source.data_offset + first_byte)
+        except OSError as error:
+            raise unreadable(source.path, error) from error
         if len(content) < nbytes:
-            raise CheckpointError("the file was truncated while it was read", where=source.path)
+            raise _truncated(source.path)
         return content
+
+    def check(self) -> None:
+        """Raise CheckpointError if a page of a mapped file could not be read: then kernels have seen zeros instead."""
+        for path, file in self._files.items():
+            offset = file.fault_offset
+            if offset < 0:
+                continue
+            if os.fstat(file.fd).st_size <= offset:
+                raise _truncated(path)
+            raise CheckpointError(
+                "cannot be read: its disk has failed",
+                where=path,
+                got=f"an error at byte {offset}",
+                hint="look at the system's log, and copy the file from elsewhere",
+            )
+
+    def check_sizes(self) -> None:
+        """Raise CheckpointError if a file has become shorter: no disk has failed, and nothing will mend it."""
+        for path, file in self._files.items():
+            if os.fstat(file.fd).st_size < self._shards[path].nbytes:
+                raise _truncated(path)
 
     def _read_ahead(self, ranges: Sequence[FileRange]) -> None:
         for path, offset, nbytes in ranges:
@@ -113,23 +154,37 @@ class InputFiles:
 class _InputFile:
     """One shard: a descriptor, and the address of its mapping if it is mapped."""
 
-    def __init__(self, path: Path, *, is_mapped: bool) -> None:
+    def __init__(self, shard: ShardFile, *, is_mapped: bool) -> None:
         self.is_mapped = is_mapped
         self.address = 0
         self._map: mmap.mmap | None = None
+        self._guard = -1
         self.fd = -1
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self._nbytes = os.fstat(self.fd).st_size
+            self.fd = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            info = os.fstat(self.fd)
+            self._nbytes = info.st_size
+            # The header's offsets are those of the file that was validated, and of no other.
+            if (info.st_size, info.st_mtime_ns) != (shard.nbytes, shard.mtime_ns):
+                raise CheckpointError(
+                    "file has changed since it was opened", where=shard.path, hint="run the command again"
+                )
             if is_mapped:
                 self._map = mmap.mmap(self.fd, self._nbytes, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
                 self.address = np.frombuffer(self._map, np.uint8).ctypes.data
-        except (OSError, ValueError) as error:
-            if self.fd >= 0:
-                os.close(self.fd)
+                self._guard = _native.guard_mapping(self.address, self._nbytes)
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, (OSError, ValueError)):
+                raise
             reason = error.strerror if isinstance(error, OSError) else error
             hint = "try --io pread" if is_mapped and not isinstance(error, PermissionError) else None
-            raise CheckpointError(f"cannot open the file ({reason})", where=path, hint=hint) from error
+            raise CheckpointError(f"cannot open the file ({reason})", where=shard.path, hint=hint) from error
+
+    @property
+    def fault_offset(self) -> int:
+        """Return where the first page begins that could not be read through the mapping, or -1."""
+        return _native.fault_offset(self._guard) if self._guard >= 0 else -1
 
     def release(self, offset: int, nbytes: int) -> None:
         if self._map is None or nbytes == 0:
@@ -140,10 +195,15 @@ class _InputFile:
         self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
     def close(self) -> None:
+        if self._guard >= 0:
+            _native.unguard_mapping(self._guard)
+            self._guard = -1
         if self._map is not None:
             self._map.close()
             self._map = None
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _Background:
@@ -219,6 +279,12 @@ def copy_range(in_fd: int, in_offset: int, out_fd: int, out_offset: int, nbytes:
         if not content:
             raise OSError(errno.EIO, "the input file ended early")
         done += os.pwrite(out_fd, content, out_offset + done)
+
+
+def _truncated(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "the file was truncated while it was read", where=path, hint="something else writes to it: a download, a sync"
+    )
 
 
 def _choose_io(paths: Sequence[Path]) -> str:

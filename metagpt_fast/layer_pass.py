@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from . import trust
-from ._native import FileOperandError, place_of
+from ._native import FileOperandError, InputChangedError, place_of
 from .backends.tables import LayerTable, layer_table, output_table
 from .errors import CheckpointError, DataError, OutputError
 from .measurement import norms_of
+from .nonfinite import NonfiniteInputs
 from .operations import make_operation
 from .pass_journal import PassJournal
 from .schedule import Batch, Piece, Step, make_schedule
 from .untrusted import brief
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -53,6 +55,7 @@ class LayerPass:
         backend: what computes.
         window_nbytes: bytes of base and models that may be mapped at a time.
         gram: Gram matrices measured before, float64 ``[N, T+1, T+1]``; None if they are to be measured.
+        allow_nonfinite: combine NaN and Inf of the inputs as they are, where nothing is measured.
         progress: what is told how far the work is.
 
     Attributes:
@@ -72,6 +75,7 @@ class LayerPass:
         *,
         window_nbytes: int,
         gram: FloatArray | None = None,
+        allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self._plan = plan
@@ -82,6 +86,7 @@ class LayerPass:
         self._operation = make_operation([tensor.row for tensor in plan.merged], backend, gram)
         self._journal = PassJournal(plan.merged, self._operation)
         self._is_measured = gram is not None
+        self._nonfinite = NonfiniteInputs(plan.labels, backend, is_allowed=allow_nonfinite)
         self.nbytes_read = 0
         self.nbytes_written = 0
         self.seconds_measure = 0.0
@@ -99,6 +104,11 @@ class LayerPass:
     def num_nonfinite(self) -> dict[str, int]:
         """Return output tensor name → elements that overflowed to Inf in the output dtype."""
         return self._journal.num_nonfinite
+
+    @property
+    def nonfinite_owners(self) -> dict[str, set[str]]:
+        """Return output tensor name → whose tensors hold NaN or Inf; ``num_nonfinite`` counts what came of them."""
+        return self._nonfinite.owners
 
     @property
     def num_resumed(self) -> int:
@@ -204,12 +214,10 @@ class LayerPass:
     def _measure(self, batch: Batch) -> None:
         for pieces in _alike(batch.pieces):
             layer = self._table(pieces, batch.is_mapped)
-            try:
+            with self._input_errors(pieces):
                 finite = self._operation.measure(layer, [piece.row for piece in pieces])
-            except FileOperandError as error:
-                raise _io_error(error, pieces) from error
             if not finite.all():
-                self._refuse_nonfinite(pieces, layer)
+                self._nonfinite.check(pieces, layer, is_measured=True)
                 name = pieces[int(np.argmin(finite))].tensor.name
                 raise DataError("the squared norm overflows float64", where=f"tensor {brief(name)}")
         self._is_measured = True
@@ -221,9 +229,13 @@ class LayerPass:
             first, last = np.searchsorted(self._scope_of_row, [scope, scope + 1])
             self._operation.solve(range(first, last))
         if last == len(self._plan.merged) and (total := self.total_gram) is not None:
-            trust.sum_of(total[None], self._plan.base.path)
-            if self._plan.tool is None:  # other tools let the base be merged with itself
-                trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
+            self._check_total(total)
+
+    def _check_total(self, total: FloatArray) -> None:
+        """Raise DataError if the Gram matrix of the whole model says that there is nothing to merge."""
+        trust.sum_of(total[None], self._plan.base.path)
+        if self._plan.tool is None:  # other tools let the base be merged with itself
+            trust.check_any_change(self._plan.labels, norms_of(total), self._plan.base.path)
 
     def _combine(self, batch: Batch, writer: CheckpointWriter) -> None:
         merged = []
@@ -247,12 +259,10 @@ class LayerPass:
             assert dtype.code is not None  # --dtype takes mergeable dtypes only
             places.append((slot.data_offset + piece.first * dtype.itemsize, slot.fd, dtype.code))
             self.nbytes_written += piece.numel * dtype.itemsize
-        try:
+        with self._input_errors(pieces):
             counts = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
-        except FileOperandError as error:
-            raise _io_error(error, pieces) from error
         if counts.any():
-            self._refuse_nonfinite(pieces, layer)
+            self._nonfinite.check(pieces, layer, is_measured=False)
             for piece, count in zip(pieces, counts.tolist(), strict=True):
                 if count:
                     name = piece.tensor.name
@@ -278,30 +288,25 @@ class LayerPass:
         self.nbytes_read += source.nbytes
         self.nbytes_written += source.nbytes
 
+    @contextmanager
+    def _input_errors(self, pieces: Sequence[Piece]) -> Iterator[None]:
+        """Run kernels on these pieces, and let nothing pass that they made of bytes that are not the input's."""
+        try:
+            yield
+        except FileOperandError as error:
+            self._files.check_sizes()
+            raise _io_error(error, pieces) from error
+        except InputChangedError as error:
+            self._files.check()
+            names = ", ".join(dict.fromkeys(str(source.path) for piece in pieces for source in piece.sources))
+            raise DataError("one of the files changed while it was read", where=names) from error
+        self._files.check()
+
     def _table(self, pieces: Sequence[Piece], is_mapped: bool) -> LayerTable:
         rows = []
         for piece in pieces:
             rows.append([self._files.place(source, piece.first, is_mapped=is_mapped) for source in piece.sources])
         return layer_table(rows, [piece.numel for piece in pieces], pieces[0].tensor.base is not None)
-
-    def _refuse_nonfinite(self, pieces: Sequence[Piece], layer: LayerTable) -> None:
-        """Raise DataError naming the first NaN or Inf of the inputs, if there is one."""
-        counts, first = self._backend.layer_nonfinite(layer)
-        if not counts.any():
-            return
-        k, operand = (int(i) for i in np.argwhere(counts)[0])
-        piece = pieces[k]
-        source = piece.sources[operand]
-        number = operand - layer.has_base
-        owner = "the base" if number < 0 else self._plan.labels[piece.tensor.columns[number]]
-        raise DataError(
-            f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
-            where=source.path,
-            got=f"{counts[k, operand]} such elements, the first at index {piece.first + first[k, operand]}",
-            expected="finite numbers",
-            hint="the checkpoint is damaged or its training diverged; "
-            "to take this tensor from the base as it is, use --exclude",
-        )
 
 
 class _Phases:

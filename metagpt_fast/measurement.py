@@ -259,7 +259,7 @@ def _load(path: Path) -> Measurement:
         return _from_dict(content)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise MeasurementError(
-            f"the measurement is broken ({type(error).__name__}: {error})",
+            f"the measurement is broken ({type(error).__name__}: {brief(str(error))[1:-1]})",
             where=path,
             hint="delete the file, and it is measured again",
         ) from error
@@ -270,10 +270,11 @@ def _from_dict(content: dict[str, Any]) -> Measurement:
     tensors = content["tensors"]
     fingerprints = content["fingerprints"]
     num_vectors = 1 + len(models)
-    upper = np.triu_indices(num_vectors)
+    num_packed = num_vectors * (num_vectors + 1) // 2
     packed = np.array([tensor["gram"] for tensor in tensors], np.float64)
-    if packed.shape != (len(tensors), upper[0].size) or not tensors:
-        raise ValueError(f"gram: expected {upper[0].size} numbers per tensor")
+    if packed.shape != (len(tensors), num_packed) or not tensors:
+        raise ValueError(f"gram: expected {num_packed} numbers per tensor")
+    upper = np.triu_indices(num_vectors)  # only now: it is as large as a Gram matrix of this many models
     numels = np.array([tensor["numel"] for tensor in tensors], np.int64)
     if numels.ndim != 1 or (numels < 0).any():
         raise ValueError("numel: expected one count per tensor")

@@ -11,8 +11,8 @@ from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .backends import make_backend
 from .buffers import check_buffers
-from .checkpoint import open_checkpoint
-from .input_files import IO_CHOICES, InputFiles
+from .checkpoint import ShardFile, open_checkpoint
+from .input_files import InputFiles, check_io
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
 from .measurement import Measurement, check_writable
@@ -22,6 +22,7 @@ from .recipe import Recipe, make_recipe, parse_memory
 from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
+from .shard_hashes import output_record
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
 DEFAULT_MEMORY = "1GiB"
@@ -50,6 +51,8 @@ def merge(
     measurement: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge checkpoints that were fine-tuned from one base, and write the result.
@@ -81,6 +84,8 @@ def merge(
         measurement: file that keeps the Gram matrices: read if it exists (a stale one is refused), else written.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
+        copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -119,6 +124,8 @@ def merge(
         measurement=measurement,
         overwrite=overwrite,
         resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        copy_code=copy_code,
         progress=progress,
     )
 
@@ -134,6 +141,8 @@ def run(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge what a recipe says: a YAML file in mergekit's configuration language (docs/recipes.md).
@@ -148,6 +157,8 @@ def run(
         max_shard_size: size of an output file.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
+        copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
 
     Returns:
@@ -169,6 +180,8 @@ def run(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        copy_code=copy_code,
         progress=progress,
     )
 
@@ -185,6 +198,8 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     measurement: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    allow_nonfinite: bool = False,
+    copy_code: bool = False,
     progress: Progress | None = None,
     started: float | None = None,
 ) -> MergeReport:
@@ -201,40 +216,51 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     started = time.perf_counter() if started is None else started
     target = Path(out)
     shards = plan_output(plan, target, max_shard_size, overwrite=overwrite)
-    companions = _companions(plan, target)
+    companions = _companions(plan, target, copy_code)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
     chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
         check_buffers(plan, files)
-        layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
+        layers = LayerPass(
+            plan,
+            files,
+            chosen,
+            window_nbytes=window_nbytes,
+            gram=gram,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
         job = job_of(plan, shards, fingerprints, gram, chosen.name)
         with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
             layers.resume(writer)
             layers.copy(writer)
             layers.merge(writer)
             check_unchanged(plan, fingerprints)
-            report = make_report(plan, target, shards, layers, files, chosen, fingerprints, gram is not None, started)
+            report = make_report(
+                plan, target, shards, layers, files, chosen, fingerprints, gram is not None, copy_code, started
+            )
             for name, content in companions:
                 writer.add_file(name, content)
             if not is_file_target(target) and plan.tool is None:
                 writer.add_file("README.md", model_card(report).encode())
-            writer.add_file("metagpt_fast.json", report_json(report).encode())
+            hashes = writer.hashes(_native.num_threads())
+            writer.add_file("metagpt_fast.json", report_json(report, output_record(shards, hashes)).encode())
             writer.finish()
     if measurement is not None and gram is None and layers.gram is not None:
         measurement_of(plan, layers.gram, fingerprints).save(measurement)
     return report
 
 
-def _companions(plan: MergePlan, target: Path) -> Sequence[tuple[str, bytes | Path]]:
+def _companions(plan: MergePlan, target: Path, copy_code: bool) -> Sequence[tuple[str, bytes | Path]]:
     """Return the output's files beside the weights, without those that the merge itself writes."""
     if is_file_target(target):
         return ()
     if plan.tool is not None:
         return plan.tool.files
-    return output_files(plan.base, plan.recipe.out_dtype, plan.config_layers)
+    return output_files(plan.base, plan.recipe.out_dtype, plan.config_layers, copy_code=copy_code)
 
 
 def plan_merge(
@@ -320,7 +346,7 @@ def measure(
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
     chosen = make_backend(backend)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
         layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
@@ -336,23 +362,14 @@ def _open_and_plan(recipe: Recipe) -> MergePlan:
     return make_plan(recipe, open_checkpoint(recipe.base), [open_checkpoint(path) for path in recipe.models])
 
 
-def _shard_paths(plan: MergePlan) -> Iterator[Path]:
+def _shards(plan: MergePlan) -> Iterator[ShardFile]:
     for checkpoint in plan.checkpoints:
-        for shard in checkpoint.shards:
-            yield shard.path
+        yield from checkpoint.shards
 
 
 def _window_nbytes(memory: str | int) -> int:
     # Half of the bound: the kernel maps whole folios, up to some MiB around what a batch touches.
     return min(parse_memory(memory) // 2, _MAX_WINDOW_NBYTES)
-
-
-def _check_io(io: str) -> str:
-    if io not in IO_CHOICES:
-        from .errors import RecipeError
-
-        raise RecipeError("unknown way to read", where="io", got=repr(io), expected=", ".join(IO_CHOICES))
-    return io
 
 
 @contextmanager

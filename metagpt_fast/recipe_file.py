@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 GRANULARITIES = ("model", "layer", "tensor")
 # Keys of our own at the top level that stand for parameters of the method.
 _SHORTHANDS = ("exponent", "coefficients", "coefficients_from")
+_CURRENT_FOLDER = Path()
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 Value = bool | int | float | str
@@ -157,21 +158,30 @@ def load_recipe(path: str | Path, known_parameters: Iterable[str] = ()) -> Recip
         RecipeError: the file cannot be read, is no YAML or no recipe, asks for what is not supported, or names a model
             that is not there. The message names the line.
     """
-    # PyYAML and pydantic take 0.1 s to import: only who reads a recipe pays for it.
-    from .recipe_schema import validate
-    from .recipe_yaml import parse_yaml, read_text
+    from .recipe_yaml import read_text
 
     path = Path(path)
-    text = read_text(path)
+    return parse_recipe(read_text(path), path, known_parameters)
+
+
+def parse_recipe(
+    text: str, path: Path, known_parameters: Iterable[str] = (), *, folder: Path = _CURRENT_FOLDER
+) -> RecipeFile:
+    """Read a recipe's text; as :func:`load_recipe`, with the folder that models' paths are relative to."""
+    # PyYAML and pydantic take 0.1 s to import: only who reads a recipe pays for it.
+    from .recipe_schema import validate
+    from .recipe_yaml import parse_yaml
+
     node = parse_yaml(text, path)
-    return _Loader(path, text, node, validate(node, str(path), known_parameters).model_dump()).load()
+    return _Loader(path, text, node, validate(node, str(path), known_parameters).model_dump(), folder).load()
 
 
 class _Loader:
     """From the validated document to the frozen description."""
 
-    def __init__(self, path: Path, text: str, node: YamlNode, document: dict[str, Any]) -> None:
+    def __init__(self, path: Path, text: str, node: YamlNode, document: dict[str, Any], folder: Path) -> None:
         self._path = path
+        self._folder = folder
         self._text = text
         self._node = node
         self._document = document
@@ -265,7 +275,7 @@ class _Loader:
         """Return the index of the model with this path, or None without one; two paths of one folder are one model."""
         if text is None:
             return None
-        found = Path(text)
+        found = self._folder / text
         if not text or not _exists(found):
             raise self._no_model(text, *path)
         identity = os.path.realpath(found)

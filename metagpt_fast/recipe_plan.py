@@ -13,7 +13,7 @@ from .methods import METHODS, Method
 from .plan import Buffer, MergePlan, TensorPlan, layer_of, sort_by_layer
 from .plan_checks import check_mergeable, shape_mismatch, unique_labels
 from .recipe import Recipe, check_granularity
-from .recipe_file import RecipeFile, load_recipe
+from .recipe_file import RecipeFile, load_recipe, parse_recipe
 from .recipe_methods import MethodMaker, find_recipe_method
 from .recipe_tensors import RecipeInput, RecipeTensor, RecipeTensors, resolve_tensors
 
@@ -30,7 +30,25 @@ def plan_recipe(path: str | Path) -> MergePlan:
         CheckpointError: an input is missing or broken.
         PlanError: the inputs do not fit each other.
     """
-    recipe = load_recipe(path, {name for cls in METHODS.values() for name in cls.specs()})
+    return _plan(load_recipe(path, _known_parameters()))
+
+
+def plan_recipe_text(text: str, path: Path, folder: Path) -> MergePlan:
+    """Return the plan of a recipe whose text is there already; as :func:`plan_recipe`.
+
+    Args:
+        text: the recipe.
+        path: where it is from, for messages.
+        folder: what models' paths in it are relative to.
+    """
+    return _plan(parse_recipe(text, path, _known_parameters(), folder=folder))
+
+
+def _known_parameters() -> set[str]:
+    return {name for cls in METHODS.values() for name in cls.specs()}
+
+
+def _plan(recipe: RecipeFile) -> MergePlan:
     method = find_recipe_method(recipe)
     checkpoints = [open_checkpoint(model) for model in recipe.models]
     if recipe.wants_base_tokenizer:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .dtypes import DType
 from .reference import FloatArray, Operand, Raw, round_from_float64, to_float64
 from .reference_masks import KeyRule, MaskRule, deltas, masks_of
+
+_CHUNK_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,36 @@ def elect(
         out = base + factor · num / den,  num = Σ (scale δ) m,  den = Σ weight      over the models that count
 
     Every operation is rounded to float64; factor · num / den is then rounded to float32 and added to the base in
-    float32, unless an operand is F64. Where it is 0 the base stays as it is.
+    float32, unless an operand is F64. Where it is 0 the base stays as it is. Memory beyond the result is bounded,
+    unless a row is very long.
     """
+    raw, dtype = operands[0]
+    numel = raw.size // dtype.itemsize
+    # Whole rows, for the ranks within them; and four of them, because random numbers come in fours.
+    four_rows = 4 * max(key_rule.columns, 1)
+    step = max(1, _CHUNK_NUMEL // four_rows) * four_rows
+    pieces = [np.empty(0, np.uint8)]
+    for first in range(0, numel, step):
+        end = min(first + step, numel)
+        part = [(raw[first * dtype.itemsize : end * dtype.itemsize], dtype) for raw, dtype in operands]
+        rule = key_rule
+        if key_rule.row_factors is not None:
+            factors = key_rule.row_factors[first // key_rule.columns : end // key_rule.columns]
+            rule = replace(key_rule, row_factors=factors)
+        pieces.append(_elect_rows(part, rules, rule, election, out_dtype, first))
+    return np.concatenate(pieces)
+
+
+def _elect_rows(
+    operands: Sequence[Operand],
+    rules: Sequence[MaskRule],
+    key_rule: KeyRule,
+    election: Election,
+    out_dtype: DType,
+    first: int,
+) -> Raw:
     delta = deltas(operands)
-    masks = masks_of(delta, rules, key_rule)
+    masks = masks_of(delta, rules, key_rule, first)
     kept = masks > 0
     with np.errstate(all="ignore"):
         values = delta.astype(np.float64)

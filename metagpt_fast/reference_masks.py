@@ -93,27 +93,30 @@ def philox4x32(counters: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
     return np.stack([a, b, c, d])
 
 
-def uniforms(stream: int, numel: int) -> NDArray[np.uint64]:
-    """Return the random 32-bit numbers of elements 0 to ``numel`` − 1."""
-    number = np.arange(-(-numel // 4), dtype=np.uint64)
+def uniforms(stream: int, numel: int, first: int = 0) -> NDArray[np.uint64]:
+    """Return the random 32-bit numbers of ``numel`` elements from ``first``, a multiple of 4, on."""
+    number = np.arange(first // 4, first // 4 - (-numel // 4), dtype=np.uint64)
     zero = np.zeros_like(number)
     words = philox4x32(np.stack([number & np.uint64(0xFFFFFFFF), number >> np.uint64(32), zero, zero]), stream)
     in_order_of_elements: NDArray[np.uint64] = words.T.reshape(-1)[:numel]
     return in_order_of_elements
 
 
-def masks_of(delta: NDArray[Any], rules: Sequence[MaskRule], key_rule: KeyRule) -> FloatArray:
-    """Return m, float64 ``[T, numel]``, between 0 (dropped) and 1."""
+def masks_of(delta: NDArray[Any], rules: Sequence[MaskRule], key_rule: KeyRule, first: int = 0) -> FloatArray:
+    """Return m, float64 ``[T, numel]``, between 0 (dropped) and 1.
+
+    ``delta`` may be whole rows of a tensor: from element ``first``, a multiple of 4, on.
+    """
     keys = keys_of(delta, key_rule)
     masks = np.ones(delta.shape)
     for t, rule in enumerate(rules):
         own_keys = keys[t if len(keys) > 1 else 0]
         if rule.kind == BAND:
-            masks[t] = _is_in_band(own_keys, rule)
+            masks[t] = _is_in_band(own_keys, rule, first)
         elif rule.kind == RANDOM:
-            masks[t] = uniforms(rule.stream, delta.shape[1]) < np.uint64(rule.probabilities[0])
+            masks[t] = uniforms(rule.stream, delta.shape[1], first) < np.uint64(rule.probabilities[0])
         elif rule.kind == RANKED:
-            masks[t] = uniforms(rule.stream, delta.shape[1]) < _probabilities(own_keys, rule, key_rule.columns)
+            masks[t] = uniforms(rule.stream, delta.shape[1], first) < _probabilities(own_keys, rule, key_rule.columns)
         elif rule.kind == NEAR:
             with np.errstate(all="ignore"):
                 magnitude = np.fmax(np.abs(delta[t].astype(np.float64)), 1e-6)
@@ -121,7 +124,7 @@ def masks_of(delta: NDArray[Any], rules: Sequence[MaskRule], key_rule: KeyRule) 
     return masks
 
 
-def _is_in_band(keys: Keys, rule: MaskRule) -> NDArray[np.bool_]:
+def _is_in_band(keys: Keys, rule: MaskRule, first: int) -> NDArray[np.bool_]:
     """Return which elements lie between the rule's two places in the order, these included."""
     numel = keys.size
 
@@ -131,7 +134,7 @@ def _is_in_band(keys: Keys, rule: MaskRule) -> NDArray[np.bool_]:
         return places
 
     own = place(keys.astype(np.int64), np.arange(numel))
-    upper, lower = (place(key, index) for key, index in zip(rule.keys, rule.indices, strict=True))
+    upper, lower = (place(key, index - first) for key, index in zip(rule.keys, rule.indices, strict=True))
     between: NDArray[np.bool_] = (upper <= own) & (own <= lower)
     return between
 

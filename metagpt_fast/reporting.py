@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
 
 
-def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
+def _warnings(plan: MergePlan, layers: LayerPass, copy_code: bool) -> tuple[str, ...]:
     warnings = [*plan.warnings, *plan.recipe.method.warnings()]
     total = layers.total_gram
     if total is not None:
@@ -39,12 +39,14 @@ def _warnings(plan: MergePlan, layers: LayerPass) -> tuple[str, ...]:
     warnings += trust.share_warnings(plan.labels, coefficients_by_scope(plan, layers.coefficients)[1])
     out_dtypes = {tensor.name: tensor.out_dtype for tensor in plan.merged}
     for name, count in layers.num_nonfinite.items():
-        if out_dtypes[name] is F16:
+        if owners := sorted(layers.nonfinite_owners.get(name, ())):
+            problem = f"are NaN or Inf, as elements of it are in {', '.join(owners)}"
+        elif out_dtypes[name] is F16:
             problem = "are too large for the output dtype and became Inf; use --dtype bf16 or f32"
         else:
             problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
         warnings.append(f"{count} elements of tensor {brief(name)} {problem}")
-    return (*warnings, *(warnings_for(plan.base) if plan.tool is None else ()))
+    return (*warnings, *(warnings_for(plan.base, copy_code=copy_code) if plan.tool is None else ()))
 
 
 def make_report(
@@ -56,6 +58,7 @@ def make_report(
     backend: Backend,
     fingerprints: Sequence[list[dict[str, Any]]],
     measurement_reused: bool,
+    copy_code: bool,
     started: float,
 ) -> MergeReport:
     """Return the report of a finished merge."""
@@ -78,7 +81,7 @@ def make_report(
         norms=None if total is None else norms_of(total),
         cosines=None if total is None else cosines_of(total),
         base_norm=None if total is None else float(np.sqrt(total[0, 0])),
-        warnings=_warnings(plan, layers),
+        warnings=_warnings(plan, layers, copy_code),
         num_tensors=len(plan.tensors),
         num_copied=len(plan.copied) + layers.num_unchanged - (0 if computed is None else len(computed.tensors)),
         num_parameters=plan.num_parameters,

@@ -28,6 +28,7 @@ from .output_target import (
 )
 from .recorder import Recorder
 from .shard_files import OutputSlot, ShardFiles
+from .shard_hashes import hash_open_files
 
 __all__ = [
     "CheckpointWriter",
@@ -138,6 +139,15 @@ class CheckpointWriter:
         if self._recorder is not None:
             with os_errors(self._target, "cannot write the output"):
                 self._recorder.add({**facts, "written": list(written)}, written, is_urgent=is_full)
+
+    def hashes(self, num_threads: int) -> list[str]:
+        """Return the hash of each file of the weights, in the order of the shards, once all tensors are written.
+
+        Raises:
+            OutputError: a file cannot be read back.
+        """
+        with os_errors(self._target, "cannot read back what was written"):
+            return hash_open_files(self._files.fds(), num_threads)
 
     def add_file(self, name: str, content: bytes | Path) -> None:
         """Write an extra file into the output, or beside it as ``{stem}.{name}`` if the output is one file.

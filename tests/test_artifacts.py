@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors.numpy
+from click.testing import CliRunner
 
+import metagpt_fast as mf
 from metagpt_fast import artifacts
 from metagpt_fast.artifacts import companion_files, merged_config, output_files, report_json, warnings_for
 from metagpt_fast.checkpoint import open_checkpoint
+from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F32, F64
 from metagpt_fast.errors import CheckpointError
 
@@ -169,6 +172,35 @@ def test_custom_code_is_announced(base):
     assert names(base) == ["config.json"]
 
 
+def test_custom_code_is_copied_on_request(tmp_path, base):
+    """And not run: the file would say so."""
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')"
+    (base / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_x.X"}}')
+    for name in ("modeling_x.py", "config.py", "LICENSE.py"):
+        (base / name).write_text(code)
+    (base / "sub").mkdir()
+    (base / "sub" / "more.py").write_text(code)
+    (tmp_path / "private.py").write_text("secret")
+    (base / "link.py").symlink_to(tmp_path / "private.py")
+    make_weights(tmp_path / "model" / "model.safetensors")
+    safetensors.numpy.save_file({"w": np.zeros(3, np.float32)}, tmp_path / "model" / "model.safetensors")
+
+    plain = mf.merge(base, [tmp_path / "model"], tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert any("--copy-code" in warning for warning in plain.warnings)
+    report = mf.merge(base, [tmp_path / "model"], tmp_path / "out", copy_code=True)
+    copied = sorted(path.name for path in (tmp_path / "out").glob("**/*.py"))
+    assert copied == ["LICENSE.py", "config.py", "modeling_x.py"]
+    assert (tmp_path / "out" / "config.py").read_text() == code
+    warnings = " ".join(report.warnings)
+    assert "LICENSE.py, config.py, modeling_x.py copied; who loads" in warnings
+    assert "link to a place outside the checkpoint" in warnings
+    assert not (tmp_path / "executed").exists()
+    command = ["merge", str(base), str(tmp_path / "model"), "-o", str(tmp_path / "again"), "--quiet", "--copy-code"]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    assert (tmp_path / "again" / "config.py").exists()
+
+
 def test_a_missing_configuration_is_announced(base):
     (base / "config.json").unlink()
     (warning,) = warnings_for(open_checkpoint(base))
@@ -242,9 +274,10 @@ def test_a_missing_configuration_cannot_be_merged(tmp_path):
 
 def test_report_json():
     values = {"cosines": [[1.0, float("nan")], [float("inf"), 0.5]], "name": "größe", "norms": (1.0, 2)}
-    text = report_json(SimpleNamespace(to_dict=lambda: values))
+    text = report_json(SimpleNamespace(to_dict=lambda: values), {"shards": []})
     assert text.endswith("}\n")
-    assert json.loads(text) == {"cosines": [[1.0, None], [None, 0.5]], "name": "größe", "norms": [1.0, 2]}
+    expected = {"cosines": [[1.0, None], [None, 0.5]], "name": "größe", "norms": [1.0, 2], "output": {"shards": []}}
+    assert json.loads(text) == expected
 
 
 def test_the_card_is_exported():

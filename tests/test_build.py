@@ -32,6 +32,13 @@ def test_the_kernels_are_a_module():
     assert [path for path in MODULES if path.name.startswith("_core.")], metagpt_fast.__path__
 
 
+def test_every_package_is_installed():
+    """An editable install, which these tests run in, would not notice."""
+    listed = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(), re.DOTALL)
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "metagpt_fast").rglob("__init__.py")}
+    assert set(re.findall(r'"([\w.]+)"', listed[1])) == {".".join(folder.parts) for folder in folders}
+
+
 @pytest.mark.parametrize("flag", ["-march", "-mtune", "-mavx", "-ffast-math", "-Ofast", "-funsafe-math"])
 def test_no_flags_that_change_machine_or_arithmetic(flag):
     lines = (ROOT / "CMakeLists.txt").read_text().splitlines()

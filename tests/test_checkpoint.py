@@ -188,6 +188,7 @@ OUTSIDE = [
     "a\0b",
     "a\nb",
     "\ud800",
+    "é" * 128,  # 256 bytes, more than a name has
 ]
 
 

@@ -138,6 +138,7 @@ def test_merge_passes_every_option_on(calls):
             "1GB",
         ),
         *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite", "--resume"),
+        *("--allow-nonfinite", "--copy-code"),
     )
     assert result.exit_code == 0, result.output
     [(_, base, models, out, settings)] = calls
@@ -158,6 +159,8 @@ def test_merge_passes_every_option_on(calls):
         "measurement": "m.json",
         "overwrite": True,
         "resume": True,
+        "allow_nonfinite": True,
+        "copy_code": True,
     }
 
 

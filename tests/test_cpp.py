@@ -17,7 +17,7 @@ CPP_TESTS = ("-DMETAGPT_FAST_PYTHON=OFF", "-DMETAGPT_FAST_TESTS=ON")
 # -Og builds in half the time of -O1 with sanitizers, and runs fast enough.
 QUICK_BUILD = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-Og")
 # What ThreadSanitizer can find something in. It cannot follow a fork of a process with threads.
-THREADED = ("thread_pool", "threads_around_kernels", "layer_nonfinite", "file_operands")
+THREADED = ("thread_pool", "threads_around_kernels", "layer_nonfinite", "file_operands", "mapped_files")
 # qemu-user cannot start threads in a forked child.
 EMULATED = ("golden_bits", "float_bits", "layer_arguments", "thread_pool")
 

@@ -39,7 +39,7 @@ def num_open_files():
 def test_reads_and_copies_tensors(checkpoint, tmp_path, io):
     opened, state = checkpoint
     before = num_open_files()
-    with InputFiles(paths_of(opened), io) as files, (tmp_path / "copy").open("w+b") as copy:
+    with InputFiles(opened.shards, io) as files, (tmp_path / "copy").open("w+b") as copy:
         assert files.io == io
         for name, source in opened.tensors.items():
             raw = state[name].raw.tobytes()
@@ -65,7 +65,7 @@ def test_a_map_that_fails_leaves_nothing_open(checkpoint, monkeypatch):
 
     before = num_open_files()
     monkeypatch.setattr(mmap, "mmap", fail)
-    with pytest.raises(CheckpointError, match="No such device") as caught, InputFiles(paths_of(checkpoint[0]), "mmap"):
+    with pytest.raises(CheckpointError, match="No such device") as caught, InputFiles(checkpoint[0].shards, "mmap"):
         pass
     assert caught.value.hint == "try --io pread"
     assert num_open_files() == before
@@ -75,7 +75,7 @@ def test_a_file_that_is_gone_closes_the_others(checkpoint):
     paths = paths_of(checkpoint[0])
     paths[1].unlink()
     before = num_open_files()
-    with pytest.raises(CheckpointError, match="No such file"), InputFiles(paths, "mmap"):
+    with pytest.raises(CheckpointError, match="No such file"), InputFiles(checkpoint[0].shards, "mmap"):
         pass
     assert num_open_files() == before
 
@@ -83,7 +83,7 @@ def test_a_file_that_is_gone_closes_the_others(checkpoint):
 def test_a_truncated_file_is_an_error(checkpoint):
     opened, _ = checkpoint
     source = opened.tensors["a"]
-    with InputFiles(paths_of(opened), "pread") as files:
+    with InputFiles(opened.shards, "pread") as files:
         os.truncate(source.path, source.data_offset + 100)
         with pytest.raises(CheckpointError, match="truncated while it was read"):
             files.read(source, 0, source.nbytes)
@@ -101,8 +101,8 @@ def test_auto_looks_at_the_file_system(checkpoint, monkeypatch, kind, io):
     paths = paths_of(checkpoint[0])
     mounts = [(paths[0].parent, kind), (Path("/"), "ext4")]
     monkeypatch.setattr(input_files, "_mounts", lambda: mounts)
-    assert InputFiles(paths).io == io
-    assert InputFiles(paths, "mmap").io == "mmap"
+    assert InputFiles(checkpoint[0].shards).io == io
+    assert InputFiles(checkpoint[0].shards, "mmap").io == "mmap"
 
 
 def test_mounts_of_this_machine():
@@ -135,7 +135,7 @@ def test_a_signal_before_the_prefetching_thread_has_started(checkpoint, monkeypa
         raise KeyboardInterrupt
 
     model, _ = checkpoint
-    files = InputFiles(paths_of(model), "mmap")
+    files = InputFiles(model.shards, "mmap")
     with files, monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(threading.Thread, "start", interrupted_start)
         files.prefetch([(paths_of(model)[0], 0, 1000)])

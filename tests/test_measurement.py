@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,7 @@ HOSTILE = {
     "gram: too long": in_tensor(gram=[1.0] * 99),
     "gram: nested": in_tensor(gram=[[1.0]] * 10),
     "gram: text": in_tensor(gram=["x"] * 10),
+    "gram: long text": in_tensor(gram=["x" * 5000] * 10),
     "gram: null": in_tensor(gram=None),
     "gram: huge integer": in_tensor(gram=[10**400] * 10),
     "gram: Inf": lambda content: json.dumps(content).replace('"gram": [', '"gram": [1e999, ', 1),
@@ -262,6 +264,18 @@ def test_hostile_files_are_refused(saved, tmp_path, make):
     assert "measurement" in str(error)
     assert len(str(error)) < 1000
     assert file.read_bytes() == before
+
+
+def test_models_that_would_need_gigabytes(saved):
+    """A Gram matrix of the models that a file names, before its numbers are counted, would be 3 GiB of indices."""
+    many = {"models": ["m"] * 20_000, "labels": ["m"] * 20_000, "fingerprints": [[]] * 20_001}
+    _, _, file = saved
+    file.write_text(edited(**many)(json.loads(file.read_text())))
+    tracemalloc.start()
+    with pytest.raises(mf.MeasurementError, match="200030001 numbers per tensor"):
+        mf.Measurement.load(file)
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 def test_every_truncation_is_refused(saved):

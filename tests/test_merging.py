@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -205,7 +206,11 @@ def test_the_report(tmp_path):
     assert report.shards == ("model.safetensors",)
     assert (report.backend, report.isa, report.num_threads) == ("cpu", mf.isa(), mf.num_threads())
     assert not report.measurement_reused
-    assert json.loads((tmp_path / "out" / "metagpt_fast.json").read_text()) == {
+    record = json.loads((tmp_path / "out" / "metagpt_fast.json").read_text())
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    digest = hashlib.blake2b(raw, digest_size=32).hexdigest()
+    assert record.pop("output") == {"shards": [{"name": "model.safetensors", "nbytes": len(raw), "blake2b": digest}]}
+    assert record == {
         **json.loads(json.dumps(report.to_dict())),
         # The record is part of the output, so it cannot hold the time until the output was finished.
         "seconds": pytest.approx(report.seconds, abs=1),

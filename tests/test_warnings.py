@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import metagpt_fast as mf
 from metagpt_fast import trust
+from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F32, F64
 
 from .checkpoints import random_states, read_state, tensor, write_family
@@ -115,3 +117,66 @@ def test_overflow_of_a_wide_dtype_is_not_told_to_use_a_wide_dtype(tmp_path):
     report = merged(tmp_path, [[0.5, 0.25]], method="task_arithmetic", coefficients=1e39)
     [_, warning] = report.warnings
     assert warning == "2 elements of tensor 'a' are beyond the range of F32 and became Inf or NaN"
+
+
+def with_nonfinite(folder):
+    """A family in which the base has an Inf, and the second model a NaN and an Inf, in one tensor."""
+    states = random_states(62, [(BF16,)] * 3, {"layers.0.a": (300,), "layers.1.a": (40,), "b": (7,)})
+    for number, values in {0: {3: np.inf}, 2: {5: np.nan, 299: -np.inf}}.items():
+        changed = states[number]["layers.0.a"].values.copy()
+        for index, value in values.items():
+            changed[index] = value
+        states[number]["layers.0.a"] = tensor(changed)
+    return write_family(folder, states)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("task_arithmetic", {}),
+        ("linear", {}),
+        ("ties", {"density": 0.7}),
+        ("dare_ties", {"density": 0.9, "rescale": False}),
+    ],
+)
+def test_nonfinite_inputs_are_merged_if_they_are_allowed(tmp_path, method, parameters, backend):
+    base, models = with_nonfinite(tmp_path / "in")
+    out = tmp_path / "out"
+    with pytest.raises(mf.DataError, match=r"holds NaN or Inf: .* to merge it all the same, --allow-nonfinite"):
+        mf.merge(base, models, out, method=method, parameters=parameters, backend=backend)
+    report = mf.merge(base, models, out, method=method, parameters=parameters, backend=backend, allow_nonfinite=True)
+    state = read_state(out)
+    assert np.isfinite(state["layers.1.a"].values).all()
+    (places,) = np.nonzero(~np.isfinite(state["layers.0.a"].values))
+    assert 5 in places
+    assert set(places) <= {3, 5, 299}
+    (warning,) = [warning for warning in report.warnings if "NaN or Inf" in warning]
+    owners = "m1" if method == "linear" else "m1, the base"
+    assert warning == (
+        f"{len(places)} elements of tensor 'layers.0.a' are NaN or Inf, as elements of it are in {owners}"
+    )
+    verified = mf.verify(out, full=True)
+    assert verified.ok, verified.problems
+
+
+def test_what_has_no_norm_cannot_be_allowed(tmp_path):
+    base, models = with_nonfinite(tmp_path / "in")
+    with pytest.raises(mf.DataError, match="it has no norm, so --allow-nonfinite cannot help"):
+        mf.merge(base, models, tmp_path / "out", allow_nonfinite=True)
+    report = mf.merge(base, models, tmp_path / "out", allow_nonfinite=True, exclude=r"layers\.0")
+    assert not [warning for warning in report.warnings if "NaN" in warning]
+
+
+def test_the_option_to_allow_nonfinite_inputs(tmp_path):
+    base, models = with_nonfinite(tmp_path / "in")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"merge_method: linear\nmodels: [{{model: {models[0]}}}, {{model: {models[1]}}}]\nparameters: {{weight: 1}}\n"
+    )
+    merge = ["merge", str(base), *map(str, models), "-o", str(tmp_path / "a"), "--method", "linear"]
+    for command in (merge, ["run", str(recipe), str(tmp_path / "b")]):
+        assert CliRunner().invoke(cli, [*command, "--quiet"]).exit_code == 1
+        result = CliRunner().invoke(cli, [*command, "--quiet", "--allow-nonfinite"])
+        assert result.exit_code == 0, result.output
+        assert "as elements of it are in m1" in " ".join(result.output.split())

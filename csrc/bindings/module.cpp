@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../core/layer.h"
+#include "../core/mapped_files.h"
 #include "../core/thread_pool.h"
 #include "../cpu/bandwidth.h"
 #include "../cpu/isa.h"
@@ -109,6 +110,8 @@ PYBIND11_MODULE(_core, m) {
     }
   });
 
+  py::register_exception<InputChangedError>(m, "InputChangedError", PyExc_RuntimeError);
+
   m.def("layer_gram", &layer_gram, py::arg("addresses").noconvert(), py::arg("files").noconvert(),
         py::arg("dtypes").noconvert(), py::arg("numels").noconvert(), py::arg("has_base"), py::arg("gram").noconvert());
   m.def("layer_merge", &layer_merge, py::arg("addresses").noconvert(), py::arg("files").noconvert(),
@@ -133,6 +136,9 @@ PYBIND11_MODULE(_core, m) {
                              reinterpret_cast<const float*>(c), numel);
       },
       py::arg("a"), py::arg("b"), py::arg("c"), py::arg("numel"));
+  m.def("guard_mapping", &guard_mapping, py::arg("address"), py::arg("nbytes"));
+  m.def("unguard_mapping", &unguard_mapping, py::arg("guard"));
+  m.def("fault_offset", &fault_offset, py::arg("guard"));
   m.def("inspect_dlpack", &inspect_dlpack, py::arg("capsule"));
   m.def("supported_isas", &cpu::supported_isas);
   m.def("isa", [] { return std::string(cpu::kernels().isa); });

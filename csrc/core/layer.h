@@ -40,4 +40,10 @@ struct FileOperandError : std::runtime_error {
   int operand;         // index of the operand, -1 for the output
 };
 
+// A kernel that reads its input more than once met other values than before: somebody writes to the file, or it was
+// truncated.
+struct InputChangedError : std::runtime_error {
+  InputChangedError() : std::runtime_error("the input changed while it was read") {}
+};
+
 }  // namespace metagpt_fast

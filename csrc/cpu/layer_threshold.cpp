@@ -236,7 +236,9 @@ class Selector {
     const auto key =
         static_cast<std::uint32_t>(bin << kLowBits | find_bin(wanted, 0, static_cast<std::uint32_t>(bin), above));
     wanted.bracket = {key, key};
-    return find_place(wanted, scan({wanted}).front()).value();
+    const std::optional<Place> place = find_place(wanted, scan({wanted}).front());
+    if (!place) throw InputChangedError();
+    return *place;
   }
 
   // The bin of the key of this rank: of its upper bits (shift kLowBits), or of its lower ones (shift 0) among the keys
@@ -259,7 +261,7 @@ class Selector {
       if (wanted.rank < above + count) return bin;
       above += count;
     }
-    throw std::logic_error("layer_threshold: a rank above the number of elements");
+    throw InputChangedError();  // ranks are below the number of elements, so the first count was of other keys
   }
 
   std::int64_t index_of(const Place& place, std::size_t j, SparseScratch& scratch) const {
@@ -267,9 +269,11 @@ class Selector {
     const Operand* operands = scratch.load(layer_, span);
     std::uint32_t* keys = scratch.key_buffer();
     kernels().sparse.keys(operands, layer_.num_models(), j, 0, span.first, span.numel, rule_, scratch.rows(), keys);
-    std::size_t position = 0;
-    for (std::size_t left = place.ordinal; keys[position] != place.key || left-- > 0;) ++position;
-    return static_cast<std::int64_t>(span.first + position);
+    std::size_t left = place.ordinal;
+    for (std::size_t position = 0; position < span.numel; ++position) {
+      if (keys[position] == place.key && left-- == 0) return static_cast<std::int64_t>(span.first + position);
+    }
+    throw InputChangedError();
   }
 
   const Layer& layer_;

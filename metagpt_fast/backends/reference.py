@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import reference, reference_elect, reference_masks, reference_moments, reference_rows, reference_threshold
+from .._native import file_operand_error
 from ..dtypes import DTYPES, DType
 from .tables import MEMORY, rows_of
 
@@ -37,8 +39,8 @@ class ReferenceBackend:
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]
             (raw,) = reference.layer_merge([_operands(layer, k)], coefficients[k : k + 1], [dtype], layer.has_base)
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            with _operand_errors(k, -1):
+                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -86,8 +88,8 @@ class ReferenceBackend:
             (raw,) = reference_rows.column_merge(
                 [_operands(layer, k)], [int(columns[k])], [coefficients[k]], [dtype], layer.has_base
             )
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            with _operand_errors(k, -1):
+                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
 
     def layer_threshold(
@@ -143,21 +145,37 @@ class ReferenceBackend:
                 bool(election.normalizes[k]),
             )
             raw = reference_elect.elect(_operands(layer, k), _mask_rules(masks, k), rule, row, dtype)
-            num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
-            _write(int(out.addresses[k]), int(out.files[k]), raw)
+            with _operand_errors(k, -1):
+                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
         return num_nonfinite
+
+    def _put(self, address: int, file: int, raw: reference.Raw, dtype: DType) -> int:
+        """Write one result to its place; returns how many of its elements are NaN or Inf."""
+        _write(address, file, raw)
+        return reference.count_nonfinite(raw, dtype)[0]
 
 
 def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]]:
     operands = []
-    for address, file, code in zip(layer.addresses[k], layer.files[k], layer.dtypes[k], strict=True):
+    for i, (address, file, code) in enumerate(zip(layer.addresses[k], layer.files[k], layer.dtypes[k], strict=True)):
         dtype = _BY_CODE[int(code)]
         nbytes = int(layer.numels[k]) * dtype.itemsize
-        operands.append((_read(int(address), int(file), nbytes), dtype))
+        with _operand_errors(k, i):
+            operands.append((read_bytes(int(address), int(file), nbytes), dtype))
     return operands
 
 
-def _read(address: int, file: int, nbytes: int) -> NDArray[np.uint8]:
+@contextmanager
+def _operand_errors(tensor: int, operand: int) -> Iterator[None]:
+    """Say which tensor and operand could not be read, or with operand −1 written, as the kernels do."""
+    try:
+        yield
+    except OSError as error:
+        raise file_operand_error(error, tensor, operand) from error
+
+
+def read_bytes(address: int, file: int, nbytes: int) -> NDArray[np.uint8]:
+    """Return bytes of memory, in place, or of a file; raises OSError where the file ends early."""
     if nbytes == 0:
         return np.empty(0, np.uint8)
     if file == MEMORY:
@@ -189,7 +207,7 @@ def _key_rule(
     num_columns, address, factors = int(columns[k]), int(row_factors[k]), None
     if key_kind == reference_masks.IMPORTANCE:
         num_rows = int(layer.numels[k]) // max(num_columns, 1)
-        factors = _read(address, MEMORY, num_rows * 8).view(np.float64)
+        factors = read_bytes(address, MEMORY, num_rows * 8).view(np.float64)
     return reference_masks.KeyRule(key_kind, num_columns, factors)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._native import operand_errors_of
 from ..backends.tables import ITEMSIZES, LayerTable, OutputTable
 from .base import Row
 from .linear import LinearOperation
@@ -41,10 +42,11 @@ class AxisOperation(LinearOperation):
         for axis, members in self._by_axis(rows):
             chosen = [rows[k] for k in members]
             part = layer.take(members)
-            if axis is None:
-                finite[members] = super().measure(part, chosen)
-                continue
-            grams = self._line_grams(axis, part, chosen)
+            with operand_errors_of(members):
+                if axis is None:
+                    finite[members] = super().measure(part, chosen)
+                    continue
+                grams = self._line_grams(axis, part, chosen)
             for k, number, gram in zip(members, chosen, grams, strict=True):
                 self._lines[number] = gram
                 self.gram[number, :size, :size] = gram.sum(axis=0)
@@ -71,27 +73,31 @@ class AxisOperation(LinearOperation):
         for axis, members in self._by_axis(rows):
             chosen = [rows[k] for k in members]
             part, part_out = layer.take(members), out.take(members)
-            if axis is None:
-                counts[members] = super().combine(part, chosen, part_out)
-                continue
-            coefficients = [self._lines.pop(number) for number in chosen]
-            if axis == "column":
-                columns = np.array([self._rows[number].num_fibers for number in chosen], np.int64)
-                counts[members] = self._backend.column_merge(part, columns, coefficients, part_out)
-                continue
-            facts = [self._rows[number] for number in chosen]
-            written = self._backend.layer_merge(
-                _lines_of(part, facts),
-                np.ascontiguousarray(np.concatenate(coefficients)),
-                _output_lines_of(part_out, facts),
-            )
-            owners, _ = _split(facts)
-            counts[members] = np.bincount(owners, written, len(members)).astype(np.int64)
+            with operand_errors_of(members):
+                if axis is None:
+                    counts[members] = super().combine(part, chosen, part_out)
+                else:
+                    counts[members] = self._combine_lines(axis, part, chosen, part_out)
         return counts
 
     def is_restorable(self, row: int) -> bool:
         """Return whether the row has one Gram matrix: those of all its rows or columns are too large to keep."""
         return self._rows[row].method.axis is None
+
+    def _combine_lines(self, axis: str, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
+        coefficients = [self._lines.pop(number) for number in rows]
+        facts = [self._rows[number] for number in rows]
+        if axis == "column":
+            columns = np.array([row.num_fibers for row in facts], np.int64)
+            return self._backend.column_merge(layer, columns, coefficients, out)
+        owners, _ = _split(facts)
+        with operand_errors_of(owners):
+            written = self._backend.layer_merge(
+                _lines_of(layer, facts),
+                np.ascontiguousarray(np.concatenate(coefficients)),
+                _output_lines_of(out, facts),
+            )
+        return np.bincount(owners, written, len(rows)).astype(np.int64)
 
     def _by_axis(self, rows: Sequence[int]) -> list[tuple[str | None, list[int]]]:
         groups: dict[str | None, list[int]] = {}
@@ -105,7 +111,8 @@ class AxisOperation(LinearOperation):
             return self._backend.column_gram(layer, np.array([row.num_fibers for row in facts], np.int64))
         lines = _lines_of(layer, facts)
         gram = np.zeros((lines.num_tensors, layer.num_operands, layer.num_operands))
-        self._backend.layer_gram(lines, gram)
+        with operand_errors_of(_split(facts)[0]):
+            self._backend.layer_gram(lines, gram)
         return np.split(gram, np.cumsum([row.num_rows for row in facts])[:-1])
 
 

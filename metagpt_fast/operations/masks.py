@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from .._native import operand_errors_of
 from ..backends.tables import MaskTable
 from ..methods import rules
 from ..methods.sparse import SparseMethod
@@ -97,12 +98,13 @@ class Masks:
                 wanted.setdefault(self.key_kind(number), []).append(k)
         for key_kind, members in wanted.items():
             part, chosen = layer.take(members), [rows[k] for k in members]
-            if key_kind is KeyKind.MAGNITUDE:
-                self._measure_magnitudes(backend, part, chosen)
-            elif key_kind is KeyKind.VARIANCE:
-                self._measure_variances(backend, part, chosen)
-            else:
-                self._measure_importances(backend, part, chosen)
+            with operand_errors_of(members):
+                if key_kind is KeyKind.MAGNITUDE:
+                    self._measure_magnitudes(backend, part, chosen)
+                elif key_kind is KeyKind.VARIANCE:
+                    self._measure_variances(backend, part, chosen)
+                else:
+                    self._measure_importances(backend, part, chosen)
 
     def remember(self, rows: Sequence[int]) -> None:
         """Make room for the bits of what these rows keep, as far as there is any."""

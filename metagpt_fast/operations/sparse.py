@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from .._native import operand_errors_of
 from ..backends.tables import LayerElection
 from ..methods.sparse import Election, SparseMethod
 from .base import Operation, Row
@@ -45,7 +46,8 @@ class SparseOperation(Operation):
             chosen = [rows[k] for k in members]
             self._masks.remember(chosen)
             masks = self._masks.table(chosen, layer.num_operands - 1, key_kind)
-            moments = self._backend.layer_moments(layer.take(members), masks)
+            with operand_errors_of(members):
+                moments = self._backend.layer_moments(layer.take(members), masks)
             self._moments[chosen, : moments.shape[1]] = moments
             finite[members] = np.isfinite(moments).all(axis=(1, 2))
         return finite
@@ -71,7 +73,8 @@ class SparseOperation(Operation):
             chosen = [rows[k] for k in members]
             masks = self._masks.table(chosen, layer.num_operands - 1, key_kind)
             elections = layer_election([self._elections.pop(number) for number in chosen])
-            counts[members] = self._backend.layer_elect(layer.take(members), masks, elections, out.take(members))
+            with operand_errors_of(members):
+                counts[members] = self._backend.layer_elect(layer.take(members), masks, elections, out.take(members))
         self._masks.forget(rows)
         return counts
 

@@ -93,6 +93,8 @@ void test_layer_arguments(Checks& checks);
 void test_golden_bits(Checks& checks);
 void test_float_bits(Checks& checks);
 void test_file_operands(Checks& checks);
+void test_changing_input(Checks& checks);
+void test_mapped_files(Checks& checks);
 void test_thread_pool(Checks& checks);
 void test_threads_around_kernels(Checks& checks);
 void test_fork(Checks& checks);

@@ -27,6 +27,8 @@ constexpr Test kTests[] = {
     {"layer_merge", test::test_layer_merge},
     {"layer_nonfinite", test::test_layer_nonfinite},
     {"file_operands", test::test_file_operands},
+    {"mapped_files", test::test_mapped_files},
+    {"changing_input", test::test_changing_input},
 };
 
 bool is_wanted(const Test& test, int argc, char** argv) {

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cerrno>
-#include <cstdlib>
 
 #include "check.h"
 #include "core/thread_pool.h"
@@ -12,28 +11,10 @@
 #include "cpu/layer_merge.h"
 #include "cpu/layer_nonfinite.h"
 #include "oracle.h"
+#include "temporary_file.h"
 
 namespace metagpt_fast::test {
 namespace {
-
-// A file that is gone when this is.
-class TemporaryFile {
- public:
-  TemporaryFile() {
-    const char* folder = std::getenv("TMPDIR");
-    std::string path = std::string(folder != nullptr ? folder : "/tmp") + "/metagpt_fast_test_XXXXXX";
-    descriptor_ = ::mkstemp(path.data());
-    if (descriptor_ < 0) throw std::runtime_error("cannot make a temporary file at " + path);
-    ::unlink(path.c_str());
-  }
-  ~TemporaryFile() { ::close(descriptor_); }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-  int descriptor() const { return descriptor_; }
-
- private:
-  int descriptor_;
-};
 
 // Moves every operand of odd index into the file, at offsets of no alignment. Returns the file's size.
 std::uint64_t move_operands(OwnedLayer& layer, const TemporaryFile& file) {
