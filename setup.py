@@ -53,7 +53,14 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["metagpt_fast", "metagpt_fast.backends", "metagpt_fast.methods"],
+    packages=[
+        "metagpt_fast",
+        "metagpt_fast.backends",
+        "metagpt_fast.kernels",
+        "metagpt_fast.methods",
+        "metagpt_fast.operations",
+    ],
+    package_dir={"metagpt_fast.kernels": "kernels"},
     package_data={"metagpt_fast": ["py.typed"]},
     ext_modules=[Extension("metagpt_fast._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
