@@ -10,6 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ITEMSIZES = (4, 2, 2, 8)
 """Bytes per element of F32, F16, BF16 and F64, by dtype code."""
@@ -49,17 +55,17 @@ class Tiles:
     Attributes:
         entries: (tensor, first tile) of every run of tiles; those of a tensor are adjacent and ascend.
         tiles_per_entry: programs per entry; those past the end of their tensor have nothing to do.
-        first_programs: the first program of each tensor, and the number of programs: K + 1 numbers.
+        first_programs: the first program of each tensor, and the number of programs.
     """
 
-    entries: tuple[tuple[int, int], ...]
+    entries: NDArray[np.int64]  # [E, 2]
     tiles_per_entry: int
-    first_programs: tuple[int, ...]
+    first_programs: NDArray[np.int64]  # [K + 1]
 
     @property
     def num_programs(self) -> int:
         """Return the size of the grid."""
-        return self.first_programs[-1]
+        return int(self.first_programs[-1])
 
 
 def cut(numels: Sequence[int], block_numel: int) -> Tiles:
@@ -68,18 +74,17 @@ def cut(numels: Sequence[int], block_numel: int) -> Tiles:
     Raises:
         ValueError: more programs than a grid has.
     """
-    counts = [-(-numel // block_numel) for numel in numels]
+    counts = -(-np.asarray(numels, np.int64) // block_numel)
     # A run is as long as most tensors fill: thousands of short rows get an entry each, and no idle programs.
-    mean = sum(counts) / max(1, sum(count > 0 for count in counts))
+    mean = counts.sum() / max(1, np.count_nonzero(counts))
     per_entry = _TILES_PER_ENTRY if mean >= _TILES_PER_ENTRY / 4 else 1
-    entries: list[tuple[int, int]] = []
-    first_programs = [0]
-    for tensor, count in enumerate(counts):
-        entries += [(tensor, tile) for tile in range(0, count, per_entry)]
-        first_programs.append(len(entries) * per_entry)
-    if first_programs[-1] > _MAX_GRID:
-        raise ValueError(f"got {first_programs[-1]} programs, expected at most {_MAX_GRID}")
-    return Tiles(tuple(entries), per_entry, tuple(first_programs))
+    first_entries = np.concatenate([[0], np.cumsum(-(-counts // per_entry))])
+    num_programs = int(first_entries[-1]) * per_entry
+    if num_programs > _MAX_GRID:
+        raise ValueError(f"got {num_programs} programs, expected at most {_MAX_GRID}")
+    tensors = np.repeat(np.arange(counts.size), np.diff(first_entries))
+    first_tiles = (np.arange(tensors.size) - first_entries[tensors]) * per_entry
+    return Tiles(np.stack([tensors, first_tiles], axis=1), per_entry, first_entries * per_entry)
 
 
 def alignment_of(addresses: Sequence[int], dtype_codes: Sequence[int]) -> int:

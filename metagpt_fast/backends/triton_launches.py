@@ -116,20 +116,17 @@ class Tables:
 def upload(memory: DeviceMemory, group: Group, block_numel: int) -> Tables:
     """Cut the group's tensors into tiles and copy the tables to the device, all in one."""
     tiles = launch.cut(group.records[:, 1].tolist(), block_numel)
-    parts = [
-        group.records.reshape(-1),
-        np.array(tiles.entries, np.int64).reshape(-1),
-        np.array(tiles.first_programs, np.int64),
-    ]
-    ends = np.cumsum([part.size for part in parts])
-    together = memory.upload(np.concatenate(parts))
-    return Tables(
-        together[: ends[0]],
-        together[ends[0] : ends[1]],
-        together[ends[1] :],
-        tiles.tiles_per_entry,
-        tiles.num_programs,
+    parts = [group.records.reshape(-1), tiles.entries.reshape(-1), tiles.first_programs]
+    # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    starts = np.cumsum([0, *(part.size + part.size % 2 for part in parts)]).tolist()
+    together = np.zeros(starts[-1], np.int64)
+    for start, part in zip(starts, parts, strict=False):
+        together[start : start + part.size] = part
+    on_device = memory.upload(together)
+    records, entries, first_programs = (
+        on_device[start : start + part.size] for start, part in zip(starts, parts, strict=False)
     )
+    return Tables(records, entries, first_programs, tiles.tiles_per_entry, tiles.num_programs)
 
 
 def add_gram(memory: DeviceMemory, layer: LayerTable, gram: Any) -> None:
