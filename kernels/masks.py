@@ -84,8 +84,8 @@ def keys_of(deltas, model: tl.constexpr, start, offsets, numel, columns, row_fac
     if KEY_KIND == VARIANCE:
         # T² times the variance, from differences to the first model: exactly 0 where models agree.
         first = deltas[0].to(tl.float64)
-        total = first - first  # 0, or NaN where the model's is not finite
-        squares = total * total
+        total = tl.zeros(first.shape, tl.float64)
+        squares = tl.zeros(first.shape, tl.float64)
         for t in tl.static_range(1, len(deltas)):
             difference = deltas[t].to(tl.float64) - first
             total = total + difference

@@ -15,5 +15,4 @@ pytest.importorskip("triton")
 @pytest.mark.parametrize("part", ["dense", "sparse", "memory"])
 def test_kernels_in_the_interpreter(part):
     file = ROOT / "tests" / f"interpreted_{part}.py"
-    text = run_checked([tool("pytest"), "-q", "-p", "no:cacheprovider", file], 600, TRITON_INTERPRET="1")
-    assert " passed" in text
+    run_checked([tool("pytest"), "-q", "-p", "no:cacheprovider", file], 600, TRITON_INTERPRET="1")
