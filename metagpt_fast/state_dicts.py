@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,8 +103,7 @@ def merge_state_dicts(
     chosen = make_backend(backend, device)
     exponent_of_share = recipe.method.share_exponent
     if isinstance(chosen, DeviceBackend) and exponent_of_share is not None and has_base:
-        written = sorted(set(range(len(rows))) - repeated)
-        _share_on_device(chosen, table, _scopes(names, recipe.granularity), exponent_of_share, outputs, written)
+        _share_on_device(chosen, table, _scopes(names, recipe.granularity), exponent_of_share, outputs, repeated)
         return _by_name(base, kept_names, names, outputs)
     with ops.threads_for_call(threads):
         operation = make_operation(rows, chosen)
@@ -141,16 +141,15 @@ def _share_on_device(
     scopes: Sequence[Sequence[int]],
     exponent: float,
     outputs: Sequence[Any],
-    written: Sequence[int],
+    repeated: set[int],
 ) -> None:
-    """Measure, solve and combine on the device; the host waits for nothing. Only the rows ``written`` are."""
+    """Measure, solve and combine on the device; the host waits for nothing. The rows ``repeated`` are not written."""
     gram = backend.gram_on_device(table)
     coefficients = backend.share_on_device(table, gram, scopes, exponent)
     out_table = output_table([view(output, "out").place for output in outputs])
-    if len(written) < table.num_tensors:
-        table, out_table = table.take(written), out_table.take(written)
-        gram, coefficients = gram[written], coefficients[written]
-    backend.merge_on_device(table, coefficients, out_table, unchanged_by=gram)
+    # No elements, no work; to pick rows of the tensors would wait for the device.
+    numels = np.where(np.isin(np.arange(table.num_tensors), list(repeated)), 0, table.numels)
+    backend.merge_on_device(replace(table, numels=numels), coefficients, out_table, unchanged_by=gram)
 
 
 def _copy(arrays: Sequence[Any], outputs: Sequence[Any], threads: int | None, backend: str) -> None:

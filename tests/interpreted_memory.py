@@ -53,8 +53,9 @@ def waits(*_):
     raise AssertionError("this returns arrays of the host, and so waits for the device")
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
-@pytest.mark.parametrize("exponent", [2.0, -1.0, 0.0])
+@pytest.mark.parametrize(
+    ("granularity", "exponent"), [("model", 2.0), ("layer", 2.0), ("tensor", 2.0), ("tensor", -1.0), ("model", 0.0)]
+)
 def test_metagpt_never_returns_to_the_host(monkeypatch, granularity, exponent):
     for name in ("layer_gram", "layer_merge", "layer_nonfinite"):
         monkeypatch.setattr(TritonBackend, name, waits)
@@ -101,7 +102,6 @@ EXACT = [
     ("dare_linear", {"density": 0.5}),
     ("breadcrumbs", {"density": 0.5, "gamma": 0.05}),
     ("della", {"density": 0.5}),
-    ("nuslerp", {"nuslerp_flatten": False}),
 ]
 SIMILAR = [("model_stock", {}), ("sce", {"select_topk": 0.4}), ("ram", {"epsilon": 0.001}), ("karcher", {})]
 
@@ -113,7 +113,7 @@ def test_other_methods(method, parameters):
         state["head"] = state["head"].clone()
     expected = mf.merge_state_dicts(base, models, method=method, parameters=parameters, backend="cpu")
     merged = mf.merge_state_dicts(base, models, method=method, parameters=parameters, backend="triton")
-    if (method, parameters) in EXACT[:-1]:
+    if (method, parameters) in EXACT:
         assert_same(merged, expected)
     for name, each in merged.items():
         torch.testing.assert_close(

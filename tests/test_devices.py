@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import metagpt_fast as mf
-from metagpt_fast import ops
+from metagpt_fast import info, ops
 from metagpt_fast.array_views import view
 from metagpt_fast.backends import make_backend
 from metagpt_fast.dtypes import BF16
@@ -100,3 +100,21 @@ def test_triton_does_not_take_files():
 
 def test_the_cpu_is_chosen_for_what_is_not_on_a_gpu():
     assert make_backend().name == make_backend("auto", "cpu").name == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "triton_version", "gpus", "says"),
+    [
+        (None, None, "no NVIDIA driver was found", "torch and triton not installed"),
+        ("2.13.0", None, [], "triton not installed"),
+        ("2.13.0+cpu", "3.9.0", [{"name": "H100"}], "built without CUDA"),
+        ("2.13.0+rocm7", "3.9.0", "no NVIDIA driver was found", "ROCm"),
+        ("2.13.0", "3.9.0", "no NVIDIA driver was found", "no NVIDIA driver"),
+        ("2.13.0", "3.9.0", [{"name": "H100"}], "available for tensors on a GPU"),
+    ],
+)
+def test_info_says_whether_tensors_on_a_gpu_can_be_merged(monkeypatch, torch_version, triton_version, gpus, says):
+    versions = {"torch": torch_version, "triton": triton_version}
+    monkeypatch.setattr(info, "_versions", lambda: versions)
+    monkeypatch.setattr(info, "_gpus", lambda: gpus)
+    assert says in info.collect()["backends"]["triton"]
