@@ -232,7 +232,7 @@ def test_columns(dtypes, columns):
     from metagpt_fast import reference_rows
 
     rng = np.random.default_rng(12)
-    layer = make_layer(rng, dtypes, (35, 49 * 7, 2500), misalignments=(0, 2) if F64 not in dtypes else (0,))
+    layer = make_layer(rng, dtypes, (35, 49 * 7, 500), misalignments=(0, 2) if F64 not in dtypes else (0,))
     tables = [rng.normal(0.4, 0.3, (c, 2)) for c in columns]
     out = [Buffer(dtypes[0], tensor[0].numel) for tensor in layer]
     TRITON.column_merge(table_of(layer), np.array(columns), tables, out_table_of(out))
