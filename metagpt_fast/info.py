@@ -24,16 +24,33 @@ def collect() -> dict[str, Any]:
     """Return everything ``metagpt-fast info`` shows, in plain types that JSON has."""
     kernels = _kernels()
     gpus = _gpus()
+    versions = _versions()
     return {
-        "versions": _versions(),
+        "versions": versions,
         "machine": _machine(),
         "kernels": kernels,
         "gpus": gpus,
         "backends": {
             "cpu": "available" if "error" not in kernels else f"not available: {kernels['error']}",
             "reference": "available (NumPy; slow, for checking)",
+            "triton": _triton(versions, gpus),
         },
     }
+
+
+def _triton(versions: dict[str, str | None], gpus: list[dict[str, object]] | str) -> str:
+    """Return whether tensors on a GPU can be merged, by what is installed: torch is not asked, it takes seconds."""
+    missing = [package for package in ("torch", "triton") if versions[package] is None]
+    if missing:
+        return f"not available: {' and '.join(missing)} not installed"
+    build = versions["torch"] or ""
+    if "+cpu" in build:
+        return f"not available: torch {build} was built without CUDA and ROCm"
+    if "+rocm" in build:
+        return "installed (ROCm; AMD's GPUs are not looked for here)"
+    if isinstance(gpus, str):
+        return f"installed, for tensors on a GPU; none is known of: {gpus}"
+    return "available for tensors on a GPU (merge_state_dicts, ops)"
 
 
 def _versions() -> dict[str, str | None]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import ops, trust
-from .backends import make_backend
+from .array_views import ArrayView, common_device, empty_like, view
+from .backends import Backend, DeviceBackend, make_backend
 from .backends.tables import LayerTable, layer_table, output_table
 from .dtypes import parse_output_dtype
 from .errors import DataError, PlanError, RecipeError
@@ -40,8 +42,9 @@ def merge_state_dicts(
     """Merge models that are in memory: θ = θ₀ + Σ_t λ_t (θ_t − θ₀) (arXiv 2406.11385, Eq. 2 and 15).
 
     Args:
-        base: tensors of the base by name: NumPy arrays, torch CPU tensors, or others through DLPack, contiguous, of
-            float32, float16, bfloat16 or float64. Integer tensors have to be the same in all models.
+        base: tensors of the base by name: NumPy arrays, torch tensors, or others through DLPack, contiguous, of
+            float32, float16, bfloat16 or float64; all on the CPU, or all (torch's) on one GPU. Integer tensors have to
+            be the same in all models.
         models: T mappings with the base's names and shapes.
         method: as for :func:`metagpt_fast.merge`.
         granularity: as for :func:`metagpt_fast.merge`.
@@ -54,7 +57,10 @@ def merge_state_dicts(
             tensors are not merged, and not written: the result has the base's own. Two names may share memory where
             they do in the base and in every model (tied embeddings); it is written once.
         threads: threads for the kernels.
-        backend: ``auto``, ``cpu`` or ``reference``.
+        backend: ``auto``, ``cpu`` or ``reference``; for tensors on a GPU ``auto`` or ``triton``. They are merged where
+            they are, on torch's current stream. The host does not wait for a merge by ``metagpt``, at any granularity
+            (except to compare integer tensors): NaN and Inf are then not looked for, they spread into the result, and
+            models that all equal the base give the base.
 
     Returns:
         The merged tensors by name: new ones of the base's library, or those of ``out``.
@@ -81,6 +87,9 @@ def merge_state_dicts(
     names, kept_names = _split(base, models, recipe.exclude)
     bases = [base[name] for name in names]
     layer = _views(names, bases, [[model[name] for name in names] for model in models])
+    device = common_device(
+        (f"a tensor {brief(name)}", each) for name, row in zip(names, layer, strict=True) for each in row
+    )
     outputs = _outputs(names, layer, bases, dtype, out)
     repeated = _repeated(names, layer, outputs, [base[name] for name in kept_names]) if out is not None else set()
 
@@ -91,13 +100,18 @@ def merge_state_dicts(
         for name, views in zip(names, operands, strict=True)
     ]
     table = layer_table([[view.place for view in views] for views in operands], [row.numel for row in rows], has_base)
+    chosen = make_backend(backend, device)
+    exponent_of_share = recipe.method.share_exponent
+    if isinstance(chosen, DeviceBackend) and exponent_of_share is not None and has_base:
+        _share_on_device(chosen, table, _scopes(names, recipe.granularity), exponent_of_share, outputs, repeated)
+        return _by_name(base, kept_names, names, outputs)
     with ops.threads_for_call(threads):
-        operation = make_operation(rows, make_backend(backend))
-        _measure(operation, rows, table, backend)
+        operation = make_operation(rows, chosen)
+        _measure(operation, rows, table, chosen)
         # Outputs that the caller gave may be the operands' own memory.
         is_safe = operation.is_local or out is None
-        targets = outputs if is_safe else [ops.empty_like(each, ops.view(each, "out").dtype, "out") for each in outputs]
-        out_table = output_table([ops.view(target, "out").place for target in targets])
+        targets = outputs if is_safe else [empty_like(each, view(each, "out").dtype, "out") for each in outputs]
+        out_table = output_table([view(target, "out").place for target in targets])
         for scope in _scopes(names, recipe.granularity):
             operation.solve(scope)
         is_copied = [operation.is_unchanged(k) and out_table.dtypes[k] == table.dtypes[k, 0] for k in range(len(rows))]
@@ -110,8 +124,32 @@ def merge_state_dicts(
     # As in a merge of files, a tensor that no model changed keeps its bits: 1 · x is x, but −0 + λ · 0 is +0.
     copied_rows = [k for k in written if is_copied[k]]
     _copy([bases[k] for k in copied_rows], [outputs[k] for k in copied_rows], threads, backend)
+    return _by_name(base, kept_names, names, outputs)
+
+
+def _by_name(
+    base: Mapping[str, Any], kept_names: Sequence[str], names: Sequence[str], outputs: Sequence[Any]
+) -> dict[str, Any]:
+    """Return the result in the base's order."""
     result = {name: base[name] for name in kept_names} | dict(zip(names, outputs, strict=True))
     return {name: result[name] for name in base}
+
+
+def _share_on_device(
+    backend: DeviceBackend,
+    table: LayerTable,
+    scopes: Sequence[Sequence[int]],
+    exponent: float,
+    outputs: Sequence[Any],
+    repeated: set[int],
+) -> None:
+    """Measure, solve and combine on the device; the host waits for nothing. The rows ``repeated`` are not written."""
+    gram = backend.gram_on_device(table)
+    coefficients = backend.share_on_device(table, gram, scopes, exponent)
+    out_table = output_table([view(output, "out").place for output in outputs])
+    # No elements, no work; to pick rows of the tensors would wait for the device.
+    numels = np.where(np.isin(np.arange(table.num_tensors), list(repeated)), 0, table.numels)
+    backend.merge_on_device(replace(table, numels=numels), coefficients, out_table, unchanged_by=gram)
 
 
 def _copy(arrays: Sequence[Any], outputs: Sequence[Any], threads: int | None, backend: str) -> None:
@@ -119,7 +157,7 @@ def _copy(arrays: Sequence[Any], outputs: Sequence[Any], threads: int | None, ba
     ops.layer_merge(None, [list(arrays)], [1.0], list(outputs), threads=threads, backend=backend)
 
 
-def _measure(operation: Operation, rows: Sequence[Row], table: LayerTable, backend: str) -> None:
+def _measure(operation: Operation, rows: Sequence[Row], table: LayerTable, backend: Backend) -> None:
     """Measure if the method needs it, and refuse NaN, Inf, and models that all equal the base."""
     names = [row.name for row in rows]
     if operation.needs_measurement and not operation.measure(table, range(len(rows))).all():
@@ -187,19 +225,22 @@ def _same_integers(a: Any, b: Any) -> bool:
     if not _is_integer(b):
         return False
     try:
+        if getattr(a, "is_cuda", False) is True and getattr(b, "is_cuda", False) is True:
+            is_alike = a.dtype == b.dtype and a.shape == b.shape
+            return is_alike and (a.data_ptr() == b.data_ptr() or bool((a == b).all()))
         a, b = np.asarray(a), np.asarray(b)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's meta tensors, or those of a GPU
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's meta tensors, or those of several devices
         raise RecipeError(f"an integer tensor cannot be read ({error})", where="merge_state_dicts") from error
     return a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequence[Any]]) -> list[list[ops.ArrayView]]:
+def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequence[Any]]) -> list[list[ArrayView]]:
     """Return the views by tensor, base first, after checking that every array can be used and has the base's shape."""
     layer = []
     for k, name in enumerate(names):
         owners = ["base", *(f"models[{t}]" for t in range(len(columns)))]
         arrays = [bases[k], *(column[k] for column in columns)]
-        row = [ops.view(array, f"{owner}, tensor {brief(name)}") for owner, array in zip(owners, arrays, strict=True)]
+        row = [view(array, f"{owner}, tensor {brief(name)}") for owner, array in zip(owners, arrays, strict=True)]
         for owner, each in zip(owners, row, strict=True):
             if each.shape != row[0].shape:
                 raise PlanError(
@@ -213,9 +254,9 @@ def _views(names: Sequence[str], bases: Sequence[Any], columns: Sequence[Sequenc
     return layer
 
 
-def _refuse_nonfinite(names: Sequence[str], table: LayerTable, backend: str) -> None:
+def _refuse_nonfinite(names: Sequence[str], table: LayerTable, backend: Backend) -> None:
     """Raise DataError naming the first tensor with NaN or Inf, if there is one."""
-    counts, first = make_backend(backend).layer_nonfinite(table)
+    counts, first = backend.layer_nonfinite(table)
     if counts.any():
         k, operand = (int(i) for i in np.argwhere(counts)[0])
         number = operand - table.has_base
@@ -230,7 +271,7 @@ def _refuse_nonfinite(names: Sequence[str], table: LayerTable, backend: str) -> 
 
 def _outputs(
     names: Sequence[str],
-    layer: Sequence[Sequence[ops.ArrayView]],
+    layer: Sequence[Sequence[ArrayView]],
     bases: Sequence[Any],
     dtype: str,
     out: Mapping[str, Any] | None,
@@ -239,7 +280,7 @@ def _outputs(
     if out is None:
         wanted = parse_output_dtype(dtype)
         return [
-            ops.empty_like(array, wanted or row[0].dtype, brief(name))
+            empty_like(array, wanted or row[0].dtype, brief(name))
             for name, array, row in zip(names, bases, layer, strict=True)
         ]
     if dtype != "keep":
@@ -247,7 +288,9 @@ def _outputs(
     for name, row in zip(names, layer, strict=True):
         if name not in out:
             raise PlanError(f"tensor {brief(name)} is missing", where="out")
-        shape = ops.view(out[name], f"out, tensor {brief(name)}", writable=True).shape
+        output = view(out[name], f"out, tensor {brief(name)}", writable=True)
+        common_device([(f"the base's {brief(name)}", row[0]), (f"out, tensor {brief(name)}", output)])
+        shape = output.shape
         if shape != row[0].shape:
             raise PlanError(
                 f"shape of tensor {brief(name)}",
@@ -259,7 +302,7 @@ def _outputs(
 
 
 def _repeated(
-    names: Sequence[str], layer: Sequence[Sequence[ops.ArrayView]], outputs: Sequence[Any], kept: Sequence[Any]
+    names: Sequence[str], layer: Sequence[Sequence[ArrayView]], outputs: Sequence[Any], kept: Sequence[Any]
 ) -> set[int]:
     """Return the rows whose output is a second name of another row's, all of whose inputs are, too: tied embeddings.
 
@@ -270,7 +313,7 @@ def _repeated(
     repeated = set()
     spans = []  # of memory: first byte, end, the name that it belongs to, whether it is written
     for row, output in enumerate(outputs):
-        span = _span(ops.view(output, "out"))
+        span = _span(view(output, "out"))
         first = first_row.setdefault(span, row)
         is_tied = [_span(each) for each in layer[row]] == [_span(each) for each in layer[first]]
         if first == row:
@@ -282,7 +325,7 @@ def _repeated(
             spans.append((*span, names[row], True))
     for array in kept:
         with contextlib.suppress(RecipeError):  # of a dtype that the kernels, and so the outputs, do not have
-            spans.append((*_span(ops.view(array, "base")), "an excluded one", False))
+            spans.append((*_span(view(array, "base")), "an excluded one", False))
     end = end_of_outputs = 0
     for start, stop, name, is_output in sorted(span for span in spans if span[0] < span[1]):
         if start < (end if is_output else end_of_outputs):
@@ -297,5 +340,5 @@ def _repeated(
     return repeated
 
 
-def _span(view: ops.ArrayView) -> tuple[int, int]:
+def _span(view: ArrayView) -> tuple[int, int]:
     return view.address, view.address + view.numel * view.dtype.itemsize

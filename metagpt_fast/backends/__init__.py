@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from ..errors import BackendError
 from .cpu import CpuBackend
-from .tables import Backend
+from .tables import Backend, DeviceBackend
 
-__all__ = ["Backend", "make_backend"]
+__all__ = ["Backend", "DeviceBackend", "make_backend"]
 
 
 def _reference() -> Backend:
@@ -17,17 +17,49 @@ def _reference() -> Backend:
     return ReferenceBackend()
 
 
-_BACKENDS: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "reference": _reference}
+def _triton(device: str) -> Backend:
+    from .triton import TritonBackend
+
+    return TritonBackend(device)
 
 
-def make_backend(name: str = "auto") -> Backend:
-    """Return the backend ``name``; ``auto`` is the fastest that this machine has, today always ``cpu``.
+_ON_CPU: dict[str, Callable[[], Backend]] = {"cpu": CpuBackend, "reference": _reference}
+_ON_DEVICES: dict[str, Callable[[str], Backend]] = {"triton": _triton}
+
+
+def make_backend(name: str = "auto", device: str | None = None) -> Backend:
+    """Return the backend ``name``; ``auto`` is the fastest for where the weights are.
+
+    Args:
+        name: ``auto``, ``cpu``, ``reference`` or ``triton``.
+        device: where all operands and outputs are: ``cpu``, or torch's name of a GPU, such as ``cuda:0``; None for
+            files.
 
     Raises:
-        BackendError: there is no such backend.
+        BackendError: there is no such backend, or it cannot reach the weights.
     """
+    is_on_gpu = device not in {None, "cpu"}
     if name == "auto":
-        name = "cpu"
-    if name not in _BACKENDS:
-        raise BackendError("unknown backend", where="backend", got=repr(name), expected="auto, " + ", ".join(_BACKENDS))
-    return _BACKENDS[name]()
+        name = "triton" if is_on_gpu else "cpu"
+    if name in _ON_DEVICES:
+        if device is None:
+            raise BackendError(
+                "the backend merges tensors that are in GPU memory, not files",
+                where="backend",
+                got=repr(name),
+                expected="auto, " + ", ".join(_ON_CPU),
+                hint="for tensors on a GPU use metagpt_fast.merge_state_dicts",
+            )
+        return _ON_DEVICES[name](device)
+    if name not in _ON_CPU:
+        expected = ", ".join(["auto", *_ON_CPU, *_ON_DEVICES])
+        raise BackendError("unknown backend", where="backend", got=repr(name), expected=expected)
+    if is_on_gpu:
+        raise BackendError(
+            "the backend does not reach the memory of a GPU",
+            where="backend",
+            got=f"{name!r} for tensors on {device}",
+            expected="auto, " + ", ".join(_ON_DEVICES),
+            hint="leave the backend out, or move the tensors with .cpu()",
+        )
+    return _ON_CPU[name]()

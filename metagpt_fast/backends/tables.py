@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -241,3 +241,30 @@ class Backend(Protocol):
         self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
     ) -> NDArray[np.int64]:
         """Write ``base + λ Σ scale δ m / Σ weight`` over the models that count. Return non-finite counts, ``[K]``."""
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend whose addresses are in one GPU's memory. These methods use its current stream and wait for nothing."""
+
+    def gram_on_device(self, layer: LayerTable) -> Any:
+        """Return the Gram matrices, a tensor float64 ``[K, V, V]`` on the device."""
+
+    def share_on_device(self, layer: LayerTable, gram: Any, scopes: Sequence[Sequence[int]], exponent: float) -> Any:
+        """Return ``‖τ_t‖^p / Σ_k ‖τ_k‖^p`` of each tensor's scope, a tensor float64 ``[K, T]`` on the device.
+
+        ``scopes``: the tensors of each; ``exponent``: p. 0 where no model changed anything.
+        """
+
+    def merge_on_device(
+        self, layer: LayerTable, coefficients: Any, out: OutputTable, unchanged_by: Any | None = None
+    ) -> Any:
+        """Write the merged tensors. Return how many NaN and Inf were written, a tensor int64 ``[K]`` on the device.
+
+        Args:
+            layer: K tensors on the device.
+            coefficients: float64 ``[K, T]`` or ``[T]``, numbers or a tensor.
+            out: where the results go.
+            unchanged_by: Gram matrices on the device: tensors that no model changed, by these, keep the base's bits
+                where the output has the base's dtype.
+        """

@@ -78,6 +78,11 @@ class Method(ABC):
         return self.needs_measurement and self.base == "required" and self.axis is None
 
     @property
+    def share_exponent(self) -> float | None:
+        """Return p if coefficients are ``‖τ_t‖^p / Σ_k ‖τ_k‖^p``, which a GPU solves without the host; else None."""
+        return None
+
+    @property
     def default_granularity(self) -> str:
         """Return over what coefficients are solved unless the user says otherwise."""
         return self.granularity

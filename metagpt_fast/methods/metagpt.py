@@ -27,6 +27,11 @@ class MetaGPT(Method):
 
     exponent: float = parameter(2.0, "p: 2 is MetaGPT, 0 the plain average, below 0 favours small task vectors")
 
+    @property
+    def share_exponent(self) -> float:
+        """Return p."""
+        return self.exponent
+
     def solve(self, gram: FloatArray, has_base: bool) -> FloatArray:
         """Return λ, float64 ``[T]``, summing to 1; see :func:`share_of_squares`."""
         return share_of_squares(gram.diagonal()[1 if has_base else 0 :], self.exponent)
