@@ -9,9 +9,9 @@ from pathlib import Path
 
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
-from .backends import make_backend
 from .buffers import check_buffers
 from .checkpoint import open_checkpoint
+from .devices import DEFAULT_DEVICE_MEMORY, open_backend
 from .input_files import IO_CHOICES, InputFiles
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
@@ -42,6 +42,8 @@ def merge(
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -73,6 +75,8 @@ def merge(
         parameters: further parameters of the method, by name.
         dtype: of merged tensors: ``keep`` (the base's), ``bf16``, ``f16``, ``f32``, ``f64``.
         backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The output's bytes do not depend on it.
+        device_memory: memory to take on a GPU, in bytes or as ``"128MiB"``.
         threads: threads for the kernels; default all processors. The result does not depend on it.
         memory: bound of the memory that mapped files may take, in bytes or as ``"1GiB"``; at least 64 MiB.
         io: ``mmap``, ``pread``, or ``auto`` (pread on network file systems).
@@ -112,6 +116,8 @@ def merge(
         out,
         started=started,
         backend=backend,
+        device=device,
+        device_memory=device_memory,
         threads=threads,
         memory=memory,
         io=io,
@@ -128,6 +134,8 @@ def run(
     out: str | Path,
     *,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -142,6 +150,8 @@ def run(
         recipe: the file.
         out: as for :func:`merge`, and so are the others.
         backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The output's bytes do not depend on it.
+        device_memory: memory to take on a GPU, in bytes or as ``"128MiB"``.
         threads: threads for the kernels; default all processors.
         memory: bound of the memory that mapped files may take.
         io: ``mmap``, ``pread``, or ``auto``.
@@ -163,6 +173,8 @@ def run(
         out,
         started=started,
         backend=backend,
+        device=device,
+        device_memory=device_memory,
         threads=threads,
         memory=memory,
         io=io,
@@ -178,6 +190,8 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     out: str | Path,
     *,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -205,12 +219,16 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
-    chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
+    methods = [tensor.method for tensor in plan.merged if tensor.method is not None]
+    with (
+        _num_threads(threads),
+        open_backend(device, backend, methods, device_memory) as chosen,
+        InputFiles(_shard_paths(plan), _check_io(io)) as files,
+    ):
         check_buffers(plan, files)
-        layers = LayerPass(plan, files, chosen, window_nbytes=window_nbytes, gram=gram, progress=progress)
-        job = job_of(plan, shards, fingerprints, gram, chosen.name)
+        layers = LayerPass(plan, files, chosen.backend, window_nbytes=window_nbytes, gram=gram, progress=progress)
+        job = job_of(plan, shards, fingerprints, gram, chosen.backend.name)
         with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
             layers.resume(writer)
             layers.copy(writer)
@@ -296,6 +314,8 @@ def measure(
     *,
     exclude: str | None = None,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -319,9 +339,12 @@ def measure(
     fingerprints = fingerprints_of(plan)
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
-    chosen = make_backend(backend)
-    with _num_threads(threads), InputFiles(_shard_paths(plan), _check_io(io)) as files:
-        layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
+    with (
+        _num_threads(threads),
+        open_backend(device, backend, (), device_memory) as chosen,
+        InputFiles(_shard_paths(plan), _check_io(io)) as files,
+    ):
+        layers = LayerPass(plan, files, chosen.backend, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
     trust.sum_of(layers.gram, plan.base.path)
