@@ -14,6 +14,13 @@ namespace metagpt_fast::cuda {
 
 using Stream = cudaStream_t;
 
+// A pointer to global memory, said to the compiler, which loads through a mere number in a slower, generic way. The two
+// kinds of addresses are the same numbers.
+template <class T>
+__device__ inline T* in_global(std::uint64_t address) {
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // Copies `nbytes` (0 to 16) of the 16 at `source` to shared memory, and zeros behind them. Both are multiples of 16.
 __device__ inline void copy_async_16(void* shared, const void* source, int nbytes) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

@@ -40,13 +40,13 @@ template <class Scalar>
 __device__ inline Scalar load_element(std::uint64_t address, DType dtype, std::int64_t e) {
   switch (dtype) {
     case DType::kF32:
-      return reinterpret_cast<const float*>(address)[e];
+      return in_global<const float>(address)[e];
     case DType::kF16:
-      return widen<DType::kF16>(reinterpret_cast<const std::uint16_t*>(address)[e]);
+      return widen<DType::kF16>(in_global<const std::uint16_t>(address)[e]);
     case DType::kBF16:
-      return widen<DType::kBF16>(reinterpret_cast<const std::uint16_t*>(address)[e]);
+      return widen<DType::kBF16>(in_global<const std::uint16_t>(address)[e]);
     case DType::kF64:
-      return static_cast<Scalar>(reinterpret_cast<const double*>(address)[e]);
+      return static_cast<Scalar>(in_global<const double>(address)[e]);
   }
   return 0;
 }
@@ -71,16 +71,16 @@ template <class Scalar>
 __device__ inline void store_element(std::uint64_t address, DType dtype, std::int64_t e, Scalar value) {
   switch (dtype) {
     case DType::kF32:
-      reinterpret_cast<float*>(address)[e] = static_cast<float>(value);
+      in_global<float>(address)[e] = static_cast<float>(value);
       return;
     case DType::kF16:
-      reinterpret_cast<std::uint16_t*>(address)[e] = f16_bits(to_odd(value));
+      in_global<std::uint16_t>(address)[e] = f16_bits(to_odd(value));
       return;
     case DType::kBF16:
-      reinterpret_cast<std::uint16_t*>(address)[e] = bf16_bits(to_odd(value));
+      in_global<std::uint16_t>(address)[e] = bf16_bits(to_odd(value));
       return;
     case DType::kF64:
-      reinterpret_cast<double*>(address)[e] = static_cast<double>(value);
+      in_global<double>(address)[e] = static_cast<double>(value);
       return;
   }
 }

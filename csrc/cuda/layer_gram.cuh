@@ -35,7 +35,7 @@ __device__ inline float load_shared(const unsigned char* operand, int e) {
 // Tensors of one dtype. A block's operands come in stages of 256 bytes each, by asynchronous copies of 16 bytes that
 // run kStages - 1 stages ahead; every thread then picks its lane's elements. No thread waits for another warp.
 template <DType kDType, int kOperands>
-__global__ void __launch_bounds__(kGramThreads)
+__global__ void __launch_bounds__(kGramThreads, 4)
     gram_uniform_kernel(LayerTable table, std::int64_t num_blocks, double* block_sums) {
   constexpr int kStages = kOperands <= 5 ? 4 : 2;
   constexpr int kStageNbytes = 256;
@@ -189,7 +189,7 @@ __device__ inline BlockPlace block_of_warp(const LayerTable& table, std::int64_t
 }
 
 // Tensors of several dtypes, or with a number of operands that gram_uniform_kernel is not compiled for.
-__global__ void __launch_bounds__(kGramThreads)
+__global__ void __launch_bounds__(kGramThreads, 4)
     gram_general_kernel(LayerTable table, std::int64_t num_blocks, double* block_sums) {
   const BlockPlace place = block_of_warp(table, num_blocks);
   if (place.numel == 0 || table.kinds[place.k] != kGeneral) return;

@@ -73,7 +73,7 @@ struct Vector {
   uint4 words;
 
   __device__ void load(std::uint64_t address, std::int64_t e) {
-    words = *reinterpret_cast<const uint4*>(address + static_cast<std::uint64_t>(e) * kItemsize<kDType>);
+    words = *in_global<const uint4>(address + static_cast<std::uint64_t>(e) * kItemsize<kDType>);
   }
   __device__ float operator[](int n) const {
     if constexpr (kDType == DType::kF32) {
@@ -93,9 +93,9 @@ __device__ inline void store_narrow(std::uint64_t address, const float* values, 
     words[n] = narrow(values[2 * n]) | static_cast<std::uint32_t>(narrow(values[2 * n + 1])) << 16;
   }
   if constexpr (kNumel == 8) {
-    *reinterpret_cast<uint4*>(address) = make_uint4(words[0], words[1], words[2], words[3]);
+    *in_global<uint4>(address) = make_uint4(words[0], words[1], words[2], words[3]);
   } else {
-    *reinterpret_cast<uint2*>(address) = make_uint2(words[0], words[1]);
+    *in_global<uint2>(address) = make_uint2(words[0], words[1]);
   }
 }
 
@@ -105,7 +105,7 @@ __device__ inline void store_vector(std::uint64_t out, DType dtype, std::int64_t
   if (dtype == DType::kF32) {
 #pragma unroll
     for (int n = 0; n < kNumel; n += 4) {
-      reinterpret_cast<float4*>(address)[n / 4] = make_float4(values[n], values[n + 1], values[n + 2], values[n + 3]);
+      in_global<float4>(address)[n / 4] = make_float4(values[n], values[n + 1], values[n + 2], values[n + 3]);
     }
   } else if (dtype == DType::kF16) {
     store_narrow<kNumel>(address, values, [](float value) { return f16_bits(value); });
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 // Everything else, an element at a time.
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, 4)
     merge_general_kernel(LayerTable table, unsigned long long* num_nonfinite) {
   const std::int64_t k = tensor_of(table.first_blocks, table.num_tensors, blockIdx.x);
   const std::uint8_t kind = table.kinds[k];

@@ -23,7 +23,7 @@
 #define __host__
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 struct EmulatedIndex {
   unsigned x = 0;
@@ -157,6 +157,11 @@ T exchange(unsigned mask, T value, unsigned from) {
 }
 
 }  // namespace emulation
+
+template <class T>
+T* in_global(std::uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
 
 inline void copy_async_16(void* shared, const void* source, int nbytes) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(source) % 16 != 0) {
