@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.backends.cuda_device import list_devices
 from metagpt_fast.errors import BackendError
 
@@ -15,7 +16,8 @@ from .tools import ROOT, run
 
 sys.path.append(str(ROOT / "bench"))
 
-from benchlib import gpu_streaming
+from benchlib import gpu_streaming, gpu_torch
+from benchlib.arrays import DTYPES, make_layer_arrays
 from benchlib.gpu_kernels import measure_kernels
 from benchlib.rows import Row
 
@@ -71,6 +73,19 @@ def test_kernels(num_tensors):
 def test_a_wrong_result_is_reported():
     _, wrong = measure_kernels(TimedFake(0, WrongCompute()), [("bf16", 2, 9000, 1)], 1)
     assert wrong == ["the merged tensor of bf16, T = 2"]
+
+
+def test_torch_is_given_the_same_work():
+    torch = pytest.importorskip("torch")
+    layer = make_layer_arrays(DTYPES["bf16"], 3, 5000)
+    *inputs, out = (torch.from_numpy(array).view(torch.bfloat16) for array in layer.arrays)
+    gram = gpu_torch._gram(inputs).numpy()
+    CpuBackend().layer_gram(layer.table, layer.gram)
+    assert np.allclose(gram, layer.gram[0], rtol=1e-4, atol=1e-6)
+    gpu_torch._merge(inputs, [float(c) for c in layer.coefficients[0]], out)
+    theirs = out.float().clone()
+    CpuBackend().layer_merge(layer.table, layer.coefficients, layer.out_table)
+    assert torch.allclose(theirs, out.float(), rtol=2**-7, atol=1e-6)
 
 
 def test_streaming(tmp_path, monkeypatch):
