@@ -289,20 +289,6 @@ def set_num_threads(num_threads: int) -> None:
         raise RecipeError("number of threads", where="threads", got=num_threads, expected="1 to 1024") from None
 
 
-def cuda_devices() -> list[dict[str, object]] | str:
-    """Return the CUDA devices (name, compute capability, memory), or a sentence saying why there are none."""
-    try:
-        from . import _cuda  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
-        return "this build has no CUDA module (no CUDA toolkit was found when it was built)"
-    module: Any = _cuda
-    try:
-        devices = cast("list[dict[str, object]]", module.devices())
-    except RuntimeError as error:
-        return str(error)
-    return devices or "the CUDA driver reports no devices"
-
-
 def layer_threshold(
     addresses: NDArray[np.uint64],
     files: NDArray[np.int32],

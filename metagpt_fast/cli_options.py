@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -69,6 +70,18 @@ class SizeType(_ParamType):
             parse_nbytes(value)
         except RecipeError as error:
             self.fail(f"{error.what}: got {error.got}, expected {error.expected}", param, ctx)
+        return value
+
+
+class DeviceType(_ParamType):
+    """A device such as ``cuda:1``; only its form is checked here."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return ``value`` unchanged, or stop with status 2 when no device is called so."""
+        if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", str(value)) is None:
+            self.fail(f"got {value!r}, expected auto, cpu, cuda or cuda:N", param, ctx)
         return value
 
 
@@ -190,7 +203,7 @@ def nonfinite_option(function: F) -> F:
 
 
 def speed_options(function: F) -> F:
-    """Add --threads, --memory, --io and --backend."""
+    """Add --threads, --memory, --io, --device, --device-memory and --backend."""
     section = "Speed and memory"
     for decorator in (
         option(
@@ -199,6 +212,23 @@ def speed_options(function: F) -> F:
             type=click.Choice(["auto", "cpu", "reference"]),
             default="auto",
             help="cpu: SIMD kernels. reference: NumPy, slow, for checking.",
+        ),
+        option(
+            section,
+            "--device-memory",
+            type=SizeType(),
+            metavar="SIZE",
+            default="128MiB",
+            help="Memory taken on a GPU, for any size of model.",
+        ),
+        option(
+            section,
+            "--device",
+            type=DeviceType(),
+            metavar="DEVICE",
+            default="auto",
+            help="cpu, cuda or cuda:N; the output's bytes are the same. auto: cpu, as a merge from files is bound by "
+            "reading them.",
         ),
         option(
             section,

@@ -23,7 +23,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def collect() -> dict[str, Any]:
     """Return everything ``metagpt-fast info`` shows, in plain types that JSON has."""
     kernels = _kernels()
-    gpus = _gpus()
+    gpus, cuda = _gpus()
     versions = _versions()
     return {
         "versions": versions,
@@ -33,6 +33,7 @@ def collect() -> dict[str, Any]:
         "backends": {
             "cpu": "available" if "error" not in kernels else f"not available: {kernels['error']}",
             "reference": "available (NumPy; slow, for checking)",
+            "cuda": cuda,
             "triton": _triton(versions, gpus),
         },
     }
@@ -106,12 +107,16 @@ def _kernels() -> dict[str, Any]:
     return facts
 
 
-def _gpus() -> list[dict[str, object]] | str:
+def _gpus() -> tuple[list[dict[str, Any]] | str, str]:
+    """Return the GPUs, or why there are none, and whether a merge can use them."""
     try:
-        from . import _native
+        from .backends import cuda_device
+
+        devices = cuda_device.list_devices()
+        versions = cuda_device.versions()
     except MetagptFastError as error:
-        return str(error)
-    return _native.cuda_devices()
+        return str(error), f"not available: {error}"
+    return devices, f"available (--device cuda; driver for CUDA {versions['driver']}, built with {versions['runtime']})"
 
 
 def _cpu_model() -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
-from .backends import make_backend
 from .buffers import check_buffers
 from .checkpoint import ShardFile, open_checkpoint
+from .devices import DEFAULT_DEVICE_MEMORY, open_backend
 from .input_files import InputFiles, check_io
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
@@ -43,6 +43,8 @@ def merge(
     parameters: Mapping[str, object] | None = None,
     dtype: str = "keep",
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -76,6 +78,8 @@ def merge(
         parameters: further parameters of the method, by name.
         dtype: of merged tensors: ``keep`` (the base's), ``bf16``, ``f16``, ``f32``, ``f64``.
         backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The output's bytes do not depend on it.
+        device_memory: memory to take on a GPU, in bytes or as ``"128MiB"``.
         threads: threads for the kernels; default all processors. The result does not depend on it.
         memory: bound of the memory that mapped files may take, in bytes or as ``"1GiB"``; at least 64 MiB.
         io: ``mmap``, ``pread``, or ``auto`` (pread on network file systems).
@@ -117,6 +121,8 @@ def merge(
         out,
         started=started,
         backend=backend,
+        device=device,
+        device_memory=device_memory,
         threads=threads,
         memory=memory,
         io=io,
@@ -135,6 +141,8 @@ def run(
     out: str | Path,
     *,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -151,6 +159,8 @@ def run(
         recipe: the file.
         out: as for :func:`merge`, and so are the others.
         backend: ``auto``, ``cpu``, or ``reference`` (NumPy, slow).
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``. The output's bytes do not depend on it.
+        device_memory: memory to take on a GPU, in bytes or as ``"128MiB"``.
         threads: threads for the kernels; default all processors.
         memory: bound of the memory that mapped files may take.
         io: ``mmap``, ``pread``, or ``auto``.
@@ -174,6 +184,8 @@ def run(
         out,
         started=started,
         backend=backend,
+        device=device,
+        device_memory=device_memory,
         threads=threads,
         memory=memory,
         io=io,
@@ -191,6 +203,8 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     out: str | Path,
     *,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -220,20 +234,24 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     fingerprints = fingerprints_of(plan)
     gram = load_gram(plan, measurement, fingerprints)
 
-    chosen = make_backend(backend)
     window_nbytes = _window_nbytes(memory)
-    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
+    methods = [tensor.method for tensor in plan.merged if tensor.method is not None]
+    with (
+        _num_threads(threads),
+        open_backend(device, backend, methods, device_memory) as chosen,
+        InputFiles(_shards(plan), check_io(io)) as files,
+    ):
         check_buffers(plan, files)
         layers = LayerPass(
             plan,
             files,
-            chosen,
+            chosen.backend,
             window_nbytes=window_nbytes,
             gram=gram,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-        job = job_of(plan, shards, fingerprints, gram, chosen.name)
+        job = job_of(plan, shards, fingerprints, gram, chosen.backend.name)
         with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
             layers.resume(writer)
             layers.copy(writer)
@@ -322,6 +340,8 @@ def measure(
     *,
     exclude: str | None = None,
     backend: str = "auto",
+    device: str = "auto",
+    device_memory: str | int = DEFAULT_DEVICE_MEMORY,
     threads: int | None = None,
     memory: str | int = DEFAULT_MEMORY,
     io: str = "auto",
@@ -345,9 +365,12 @@ def measure(
     fingerprints = fingerprints_of(plan)
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
-    chosen = make_backend(backend)
-    with _num_threads(threads), InputFiles(_shards(plan), check_io(io)) as files:
-        layers = LayerPass(plan, files, chosen, window_nbytes=_window_nbytes(memory), progress=progress)
+    with (
+        _num_threads(threads),
+        open_backend(device, backend, (), device_memory) as chosen,
+        InputFiles(_shards(plan), check_io(io)) as files,
+    ):
+        layers = LayerPass(plan, files, chosen.backend, window_nbytes=_window_nbytes(memory), progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
     trust.sum_of(layers.gram, plan.base.path)

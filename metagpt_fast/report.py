@@ -53,6 +53,8 @@ class MergeReport:
         versions: of this package, Python and NumPy.
         shards: the names of the output's safetensors files.
         tool: what the tool that made the plan has recorded, plain values; None without one.
+        device: where the kernels ran: ``cpu``, or a GPU with its name.
+        device_reason: why there.
     """
 
     out: Path
@@ -89,6 +91,8 @@ class MergeReport:
     recipe: str | None = None
     num_resumed: int = 0
     tool: dict[str, Any] | None = None
+    device: str = "cpu"
+    device_reason: str = "asked for"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with plain Python values, for JSON."""

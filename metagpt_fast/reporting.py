@@ -22,7 +22,7 @@ from .untrusted import brief
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .backends import Backend
+    from .devices import Choice
     from .input_files import InputFiles
     from .layer_pass import LayerPass
     from .output_shards import OutputShard
@@ -55,7 +55,7 @@ def make_report(
     shards: Sequence[OutputShard],
     layers: LayerPass,
     files: InputFiles,
-    backend: Backend,
+    chosen: Choice,
     fingerprints: Sequence[list[dict[str, Any]]],
     measurement_reused: bool,
     copy_code: bool,
@@ -90,7 +90,9 @@ def make_report(
         seconds=time.perf_counter() - started,
         seconds_measure=layers.seconds_measure,
         seconds_combine=layers.seconds_combine,
-        backend=backend.name,
+        backend=chosen.backend.name,
+        device=chosen.device,
+        device_reason=chosen.reason,
         isa=_native.isa(),
         num_threads=_native.num_threads(),
         io=files.io,

@@ -66,6 +66,7 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
             "throughput": f"{format_rate(nbytes, report.seconds)}: {format_nbytes(report.nbytes_read)} read, "
             f"{format_nbytes(report.nbytes_written)} written",
             "ran on": f"{report.backend} backend, {report.isa}, {_plural(report.num_threads, 'thread')}, {report.io}",
+            "device": f"{report.device} ({report.device_reason})",
             "output": f"{report.out} ({_plural(len(report.shards), 'shard')})",
         },
     )

@@ -68,5 +68,6 @@ def test_cuda_on_without_a_toolkit_is_an_error(tmp_path):
     configured = configure_without_toolkit(tmp_path, "ON")
     assert configured.returncode != 0
     text = " ".join(configured.stdout.split())
-    assert "METAGPT_FAST_CUDA=ON, but no CUDA toolkit with a static runtime was found." in text, configured.stdout
+    problem = "no CUDA toolkit from 12.0 on, with nvcc and a static runtime, was found."
+    assert f"METAGPT_FAST_CUDA=ON, but {problem}" in text, configured.stdout
     assert "Set CUDAToolkit_ROOT, or build with METAGPT_FAST_CUDA=AUTO or OFF." in text, configured.stdout

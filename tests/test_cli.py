@@ -63,6 +63,8 @@ REPORT = FakeReport(
     seconds_combine=0.3,
     backend="cpu",
     isa="scalar",
+    device="cpu",
+    device_reason="asked for",
     num_threads=1,
     io="mmap",
     measurement_reused=False,
@@ -134,6 +136,10 @@ def test_merge_passes_every_option_on(calls):
             "512MiB",
             "--io",
             "pread",
+            "--device",
+            "cuda:1",
+            "--device-memory",
+            "1GiB",
             "--max-shard-size",
             "1GB",
         ),
@@ -154,6 +160,8 @@ def test_merge_passes_every_option_on(calls):
         "threads": 3,
         "memory": "512MiB",
         "io": "pread",
+        "device": "cuda:1",
+        "device_memory": "1GiB",
         "max_shard_size": "1GB",
         "exclude": "lm_head",
         "measurement": "m.json",
@@ -283,7 +291,15 @@ def test_measure(calls):
     assert calls[0][-2] == "m.json"
     assert "saved to  m.json" in result.stdout
     assert "0.9000" in result.stdout
-    assert calls[0][-1] == {"exclude": "x", "backend": "auto", "threads": 2, "memory": "1GiB", "io": "auto"}
+    assert calls[0][-1] == {
+        "exclude": "x",
+        "backend": "auto",
+        "device": "auto",
+        "device_memory": "128MiB",
+        "threads": 2,
+        "memory": "1GiB",
+        "io": "auto",
+    }
     result = run("measure", "base", "chat", "math", "--json")
     assert json.loads(result.stdout) == {"norms": [1.0, 3.0]}
 

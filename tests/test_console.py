@@ -73,6 +73,8 @@ def make_report(num_scopes=1, labels=("chat", "math", "code"), **changes):
         "seconds_combine": 1.2,
         "backend": "cpu",
         "isa": "avx2",
+        "device": "cpu",
+        "device_reason": "a merge from files is bound by reading them",
         "num_threads": 2,
         "io": "mmap",
         "measurement_reused": False,
@@ -97,6 +99,7 @@ def test_a_report_shows_every_number_and_ends_with_the_warnings():
         "2.00 s (measure 800 ms, combine 1.20 s)",
         "9.90 GB/s: 17.6 GB read, 2.20 GB written",
         "cpu backend, avx2, 2 threads, mmap",
+        "cpu (a merge from files is bound by reading them)",
         "metagpt; granularity model",
         "merged (2 shards)",
     ):

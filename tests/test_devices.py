@@ -1,120 +1,146 @@
-"""Which backend takes tensors on which device, and what is refused; no GPU is needed for that."""
+"""--device: what is taken, the reason for it, and why not."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import sys
+
 import pytest
-import torch
+from click.testing import CliRunner
 
 import metagpt_fast as mf
-from metagpt_fast import info, ops
-from metagpt_fast.array_views import view
-from metagpt_fast.backends import make_backend
+from metagpt_fast import devices
+from metagpt_fast.backends import cuda_device
+from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16
+from metagpt_fast.errors import BackendError, RecipeError
 
-needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+from .checkpoints import random_states, write_family
 
-
-class OnGpu:
-    """What is looked at of a torch tensor on a GPU."""
-
-    is_cuda = True
-    requires_grad = False
-    layout = torch.strided
-    __dlpack__ = None
-
-    def __init__(self, shape=(2, 3), *, device="cuda:0", dtype=torch.bfloat16, address=4096, contiguous=True):
-        self.shape, self.device, self.dtype = torch.Size(shape), torch.device(device), dtype
-        self._address, self._is_contiguous = address, contiguous
-
-    def data_ptr(self):
-        return self._address
-
-    def is_contiguous(self):
-        return self._is_contiguous
-
-    def numel(self):
-        return self.shape.numel()
+SHAPES = {"layers.0.a": (30, 7), "head": (51, 40)}
 
 
-def test_view_of_a_tensor_on_a_gpu():
-    seen = view(OnGpu(device="cuda:1"), "base[0]")
-    assert (seen.address, seen.dtype, seen.shape, seen.device) == (4096, BF16, (2, 3), "cuda:1")
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    states = random_states(3, [(BF16,)] * 3, SHAPES)
+    return write_family(tmp_path_factory.mktemp("family"), states)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (OnGpu(dtype=torch.int32), "dtype"),
-        (OnGpu(contiguous=False), "not contiguous"),
-        (OnGpu(address=0), "no memory of its own"),
-    ],
-)
-def test_tensors_that_are_refused(tensor, message):
-    with pytest.raises(mf.RecipeError, match=message):
-        view(tensor, "base[0]")
+class FakeModule:
+    """What the compiled module says on machines that tests do not run on."""
+
+    def __init__(self, found):
+        self._found = found
+
+    def devices(self):
+        if isinstance(self._found, str):
+            raise RuntimeError(self._found)
+        return self._found
+
+    def driver_version(self):
+        return 13010
+
+    def runtime_version(self):
+        return 12080
 
 
-def test_one_device_per_call():
-    with pytest.raises(mf.RecipeError, match=r"several devices") as caught:
-        ops.layer_gram([OnGpu()], [[OnGpu(device="cuda:1")]])
-    assert (caught.value.where, caught.value.got) == ("models[0][0]", "cuda:1")
-    with pytest.raises(mf.RecipeError, match=r"several devices"):
-        ops.layer_gram([np.ones((2, 3), np.float32)], [[OnGpu()]])
-    with pytest.raises(mf.RecipeError, match=r"several devices"):
-        mf.merge_state_dicts({"a": np.ones((2, 3), np.float32)}, [{"a": OnGpu()}])
-    ones = {"a": np.ones((2, 3), np.float32)}
-    with pytest.raises(mf.RecipeError, match=r"several devices"):
-        mf.merge_state_dicts(ones, [ones], out={"a": OnGpu()})
-    with pytest.raises(mf.RecipeError, match=r"several devices"):
-        ops.layer_merge([ones["a"]], [[ones["a"]]], [1.0], [OnGpu()])
+def use_module(monkeypatch, found):
+    monkeypatch.setattr(cuda_device, "load_module", lambda: FakeModule(found))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_kernels_of_the_cpu_do_not_take_tensors_on_a_gpu(backend):
-    with pytest.raises(mf.BackendError, match="does not reach") as caught:
-        ops.layer_gram([OnGpu()], [[OnGpu()]], backend=backend)
-    assert "auto, triton" in str(caught.value)
+H100 = {"index": 0, "name": "NVIDIA H100", "compute_capability": "9.0", "memory_nbytes": 85 * 10**9}
 
 
-@needs_no_gpu
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_the_reason_why_triton_cannot_run_is_named(backend):
-    with pytest.raises(mf.BackendError, match=r"without CUDA|no GPU|not installed"):
-        ops.layer_merge([OnGpu()], [[OnGpu()]], [1.0], backend=backend)
+def test_auto_is_the_cpu_and_says_why(family, tmp_path, monkeypatch):
+    def refuse():
+        raise AssertionError("nobody asked for a GPU")
+
+    monkeypatch.setattr(cuda_device, "load_module", refuse)
+    base, models = family
+    report = mf.merge(base, models, tmp_path / "out")
+    assert (report.device, report.device_reason) == ("cpu", "a merge from files is bound by reading them")
+    facts = json.loads((tmp_path / "out" / "metagpt_fast.json").read_text())
+    assert facts["device_reason"] == report.device_reason
+    assert mf.merge(base, models, tmp_path / "two", device="cpu").device_reason == "asked for"
 
 
-@needs_no_gpu
-def test_triton_does_not_take_tensors_on_the_cpu():
-    with pytest.raises(mf.BackendError):
-        ops.layer_gram([np.ones(3, np.float32)], [[np.ones(3, np.float32)]], backend="triton")
-
-
-def test_triton_does_not_take_files():
-    with pytest.raises(mf.BackendError, match="not files") as caught:
-        make_backend("triton")
-    assert "merge_state_dicts" in str(caught.value)
-    with pytest.raises(mf.BackendError, match="unknown"):
-        make_backend("cuda")
-
-
-def test_the_cpu_is_chosen_for_what_is_not_on_a_gpu():
-    assert make_backend().name == make_backend("auto", "cpu").name == "cpu"
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cuda:00000", 0])
+def test_devices_that_are_none(family, tmp_path, device):
+    base, models = family
+    with pytest.raises(RecipeError, match="unknown device"):
+        mf.merge(base, models, tmp_path / "out", device=device)
+    result = CliRunner().invoke(cli, ["merge", str(base), str(models[0]), "-o", "x", "--device", str(device)])
+    assert result.exit_code == 2
+    assert "auto, cpu, cuda or cuda:N" in result.output
 
 
 @pytest.mark.parametrize(
-    ("torch_version", "triton_version", "gpus", "says"),
+    ("found", "reason"),
     [
-        (None, None, "no NVIDIA driver was found", "torch and triton not installed"),
-        ("2.13.0", None, [], "triton not installed"),
-        ("2.13.0+cpu", "3.9.0", [{"name": "H100"}], "built without CUDA"),
-        ("2.13.0+rocm7", "3.9.0", "no NVIDIA driver was found", "ROCm"),
-        ("2.13.0", "3.9.0", "no NVIDIA driver was found", "no NVIDIA driver"),
-        ("2.13.0", "3.9.0", [{"name": "H100"}], "available for tensors on a GPU"),
+        ("no NVIDIA driver was found", "no NVIDIA driver was found"),
+        ("cudaGetDeviceCount: initialization error", "initialization error"),
+        ([], "a CUDA driver that reports no devices"),
+        ([H100], r"there is no such GPU: got cuda:1, expected cuda:0 \(NVIDIA H100\)"),
     ],
 )
-def test_info_says_whether_tensors_on_a_gpu_can_be_merged(monkeypatch, torch_version, triton_version, gpus, says):
-    versions = {"torch": torch_version, "triton": triton_version}
-    monkeypatch.setattr(info, "_versions", lambda: versions)
-    monkeypatch.setattr(info, "_gpus", lambda: gpus)
-    assert says in info.collect()["backends"]["triton"]
+def test_a_gpu_that_is_not_there_is_an_error_with_the_reason(family, tmp_path, monkeypatch, found, reason):
+    use_module(monkeypatch, found)
+    base, models = family
+    with pytest.raises(BackendError, match=reason):
+        mf.merge(base, models, tmp_path / "out", device="cuda:1")
+    with pytest.raises(BackendError, match=reason):
+        mf.measure(base, models, device="cuda:1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_installation_without_the_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metagpt_fast._cuda", None)
+    monkeypatch.delattr(mf, "_cuda", raising=False)
+    with pytest.raises(BackendError, match=r"no CUDA kernels.* METAGPT_FAST_CUDA=ON"):
+        cuda_device.list_devices()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "ties"}, "prunes task vectors, which is not there on a GPU yet: got ties on a GPU"),
+        ({"method": "dare_linear"}, "prunes"),
+        ({"backend": "reference"}, "'reference' with --device cuda"),
+        ({"backend": "cpu"}, "'cpu' with --device cuda"),
+    ],
+)
+def test_what_a_gpu_does_not_do_is_refused_before_it_is_looked_for(family, tmp_path, monkeypatch, settings, reason):
+    monkeypatch.setattr(devices, "_open_device", lambda index: pytest.fail("a device was opened"))
+    base, models = family
+    with pytest.raises(BackendError, match=reason):
+        mf.merge(base, models, tmp_path / "out", device="cuda", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_work_row_by_row_are_refused(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_open_device", lambda index: pytest.fail("a device was opened"))
+    base, models = family
+    with pytest.raises(BackendError, match="works row by row"):
+        mf.merge(base, models, tmp_path / "out", device="cuda", method="nuslerp", parameters={"nuslerp_flatten": False})
+
+
+def test_info_says_what_there_is(monkeypatch):
+    use_module(monkeypatch, [H100])
+    shown = json.loads(CliRunner().invoke(cli, ["info", "--json"]).output)
+    assert shown["gpus"] == [H100]
+    assert shown["backends"]["cuda"] == "available (--device cuda; driver for CUDA 13.1, built with 12.8)"
+    use_module(monkeypatch, "no NVIDIA driver was found")
+    shown = json.loads(CliRunner().invoke(cli, ["info", "--json"]).output)
+    assert "no NVIDIA driver was found" in shown["gpus"]
+    assert shown["backends"]["cuda"].startswith("not available: ")
+
+
+def test_memory_errors_of_the_driver_have_a_hint():
+    device = cuda_device.CudaDevice.__new__(cuda_device.CudaDevice)
+    device.name = "cuda:0 (H100)"
+
+    def fail():
+        raise RuntimeError("cudaMalloc: out of memory")
+
+    with pytest.raises(BackendError, match=r"cuda:0 \(H100\): CUDA failed: got cudaMalloc.* smaller --device-memory"):
+        device._call(fail)

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("array_views",),
     ("recipe_methods", "recipe_tensors", "recipe_parameters", "recipe_file"),
     ("writer", "recorder", "shard_files", "build_folder", "output_target", "output_shards", "shard_hashes"),
-    ("info", "operations"),
+    ("info", "operations", "devices"),
     ("checkpoint", "backends", "methods"),
     ("reference_threshold", "reference_moments", "reference_elect"),
     ("reference_masks", "reference_rows"),

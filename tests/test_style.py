@@ -5,7 +5,10 @@ from __future__ import annotations
 from .tools import ROOT, run_checked, tool
 
 CPP_SOURCES = sorted(
-    path for folder in ("csrc", "tests/cpp") for path in (ROOT / folder).rglob("*") if path.suffix in {".cpp", ".h"}
+    path
+    for folder in ("csrc", "tests/cpp")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
 )
 
 

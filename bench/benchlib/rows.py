@@ -40,6 +40,7 @@ METRICS: dict[str, Meaning] = {
     "percent_of_ceiling": Meaning("%", "higher", is_portable=True),
     "speedup_numpy": Meaning("x", "higher", is_portable=True),
     "speedup_torch": Meaning("x", "higher", is_portable=True),
+    "speedup_torch_compile": Meaning("x", "higher", is_portable=True),
     "speedup_mergekit": Meaning("x", "higher", is_portable=True),
     "speedup_mergekit_fast": Meaning("x", "higher", is_portable=True),
     "ratio_to_reference": Meaning("x", "lower", is_portable=True),

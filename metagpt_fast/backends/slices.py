@@ -1,0 +1,201 @@
+"""Layers cut into slices that fit a slot: what is read into it, where it lies, and what is written from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ..errors import BackendError
+from ..quantities import format_nbytes
+from .launch_tables import BLOCK_NUMEL, SPAN_NUMEL, table_nbytes
+from .tables import ITEMSIZES, LayerTable, OutputTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# What the kernels' 16-byte loads ask for; also where two neighbours in a file stay neighbours in a slot.
+_ALIGNMENT = 16
+_TABLE_ALIGNMENT = 256
+
+NUM_SLOTS = 4
+"""Slots of each kind: one is read into, one copied, one computed with, and one is ahead."""
+NUM_PARTS = 2 * NUM_SLOTS + 1
+"""What device memory is divided into: slots for input, slots for output, scratch memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Bytes between a slot and memory or a file.
+
+    Attributes:
+        offset: in the slot.
+        address: in memory, or in the file.
+        file: descriptor, or MEMORY.
+        nbytes: how many.
+        tensor: the tensor of the first byte, by its number in the layer.
+        operand: and its operand; -1 for an output.
+    """
+
+    offset: int
+    address: int
+    file: int
+    nbytes: int
+    tensor: int
+    operand: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Pieces of tensors that are on the device together.
+
+    Attributes:
+        tensors: int64 ``[P]``: of which tensors of the layer.
+        firsts, numels: int64 ``[P]``: elements ``[first, first + numel)`` of each.
+        offsets: int64 ``[P, V]``: where the operands begin in the slot, behind the table.
+        out_offsets: int64 ``[P]``: where the results begin in the slot of the output.
+        nbytes: of table and operands.
+        out_nbytes: of the results.
+    """
+
+    tensors: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    numels: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    out_offsets: NDArray[np.int64]
+    nbytes: int
+    out_nbytes: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a slice may be.
+
+    Attributes:
+        nbytes: of input, as of output: what a slot holds.
+        preferred_nbytes: of input; a single span may be larger.
+        num_blocks: blocks, for which there is scratch memory.
+    """
+
+    nbytes: int
+    preferred_nbytes: int
+    num_blocks: int
+
+
+def cut_into_slices(layer: LayerTable, out: OutputTable | None, limits: Limits) -> Iterator[Slice]:
+    """Yield the layer's slices, in order. Tensors are cut at multiples of SPAN_NUMEL only, which keeps the sums' bits.
+
+    Raises:
+        BackendError: a single span of a tensor does not fit.
+    """
+    itemsizes = ITEMSIZES[layer.dtypes].astype(np.int64)
+    out_itemsizes = np.zeros(layer.num_tensors, np.int64) if out is None else ITEMSIZES[out.dtypes].astype(np.int64)
+    pieces: list[tuple[int, int, int]] = []
+    used = used_out = blocks = 0
+    for k in range(layer.num_tensors):
+        numel = int(layer.numels[k])
+        # Upper bounds: an operand may need up to an alignment more than its bytes.
+        fixed = table_nbytes(1, layer.num_operands, layer.has_base) + _ALIGNMENT * layer.num_operands
+        per_element, per_result = int(itemsizes[k].sum()), int(out_itemsizes[k])
+        first = 0
+        while first < numel:
+            room = min(
+                (limits.nbytes - _TABLE_ALIGNMENT - used - fixed) // per_element,
+                (limits.nbytes - used_out - _ALIGNMENT) // per_result if per_result else numel,
+                (limits.num_blocks - blocks) * BLOCK_NUMEL,
+            )
+            wanted = (limits.preferred_nbytes - used - fixed) // per_element
+            if wanted < SPAN_NUMEL and not pieces:
+                wanted = SPAN_NUMEL
+            fitting = numel - first
+            if fitting > min(room, wanted):
+                fitting = max(min(room, wanted), 0) // SPAN_NUMEL * SPAN_NUMEL
+            if fitting == 0:
+                if not pieces:
+                    needed = min(numel - first, SPAN_NUMEL) * max(per_element, per_result)
+                    raise _too_small(limits, needed + fixed + _TABLE_ALIGNMENT)
+                yield _lay_out(layer, itemsizes, out_itemsizes, pieces)
+                pieces, used, used_out, blocks = [], 0, 0, 0
+                continue
+            pieces.append((k, first, fitting))
+            used += fixed + fitting * per_element
+            used_out += _ALIGNMENT + fitting * per_result
+            blocks += -(-fitting // BLOCK_NUMEL)
+            first += fitting
+    if pieces:
+        yield _lay_out(layer, itemsizes, out_itemsizes, pieces)
+
+
+def reads_of(part: Slice, layer: LayerTable) -> list[Transfer]:
+    """Return what is read into the slot; neighbours in memory, or in a file, in one go."""
+    transfers = []
+    for operand in range(layer.num_operands):
+        files, dtypes = layer.files[part.tensors, operand], layer.dtypes[part.tensors, operand]
+        itemsizes = ITEMSIZES[dtypes].astype(np.int64)
+        addresses = layer.addresses[part.tensors, operand] + (part.firsts * itemsizes).astype(np.uint64)
+        transfers += _joined(part, part.offsets[:, operand], addresses, files, part.numels * itemsizes, operand)
+    return transfers
+
+
+def writes_of(part: Slice, out: OutputTable) -> list[Transfer]:
+    """Return what is written from the output's slot."""
+    itemsizes = ITEMSIZES[out.dtypes[part.tensors]].astype(np.int64)
+    addresses = out.addresses[part.tensors] + (part.firsts * itemsizes).astype(np.uint64)
+    return _joined(part, part.out_offsets, addresses, out.files[part.tensors], part.numels * itemsizes, -1)
+
+
+def _joined(
+    part: Slice,
+    offsets: NDArray[np.int64],
+    addresses: NDArray[np.uint64],
+    files: NDArray[np.int32],
+    nbytes: NDArray[np.int64],
+    operand: int,
+) -> list[Transfer]:
+    joined: list[Transfer] = []
+    columns = (offsets.tolist(), addresses.tolist(), files.tolist(), nbytes.tolist(), part.tensors.tolist())
+    for offset, address, file, size, tensor in zip(*columns, strict=True):
+        if joined:
+            last = joined[-1]
+            ends = last.offset + last.nbytes, last.address + last.nbytes, last.file
+            if ends == (offset, address, file):
+                joined[-1] = Transfer(last.offset, last.address, file, last.nbytes + size, last.tensor, operand)
+                continue
+        joined.append(Transfer(offset, address, file, size, tensor, operand))
+    return joined
+
+
+def _lay_out(
+    layer: LayerTable,
+    itemsizes: NDArray[np.int64],
+    out_itemsizes: NDArray[np.int64],
+    pieces: list[tuple[int, int, int]],
+) -> Slice:
+    """Place the table first, then operand after operand, so that what is adjacent in files is adjacent here."""
+    tensors, firsts, numels = (np.array(column, np.int64) for column in zip(*pieces, strict=True))
+    start = _round_up(table_nbytes(len(pieces), layer.num_operands, layer.has_base), _TABLE_ALIGNMENT)
+    sizes = _round_up(numels[:, None] * itemsizes[tensors], _ALIGNMENT)  # [P, V]
+    ends = np.cumsum(sizes.T.reshape(-1))
+    offsets = start + (ends - sizes.T.reshape(-1)).reshape(sizes.T.shape).T
+    out_sizes = _round_up(numels * out_itemsizes[tensors], _ALIGNMENT)
+    out_ends = np.cumsum(out_sizes)
+    return Slice(tensors, firsts, numels, offsets, out_ends - out_sizes, start + int(ends[-1]), int(out_ends[-1]))
+
+
+_Sizes = TypeVar("_Sizes", int, "NDArray[np.int64]")
+
+
+def _round_up(sizes: _Sizes, multiple: int) -> _Sizes:
+    return -(-sizes // multiple) * multiple
+
+
+def _too_small(limits: Limits, needed: int) -> BackendError:
+    return BackendError(
+        "too little device memory for one piece of a tensor in all models",
+        where="device_memory",
+        got=f"slots of {format_nbytes(limits.nbytes)}",
+        expected=f"slots of {format_nbytes(needed)}",
+        hint=f"give --device-memory {-(-needed * NUM_PARTS // 2**20)}MiB",
+    )

@@ -1,0 +1,201 @@
+"""A backend that streams layers through a device: operands in files or host memory, results there too."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from .. import _native
+from ..errors import BackendError
+from .cpu import CpuBackend
+from .launch_tables import DeviceTable, Launch, pack
+from .slices import Slice, cut_into_slices, reads_of, writes_of
+from .streaming import Job, Pipeline
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .device import Device
+    from .tables import LayerElection, LayerTable, MaskTable, OutputTable
+
+_MAX_THREADS = 4  # that read, and that write: their memcpy is then faster than the bus
+
+
+class StreamedBackend:
+    """layer_gram and layer_merge on a device, with the bits of the CPU's; the other kernels are not there.
+
+    Args:
+        device: where to compute. The backend closes it, also if this raises.
+        device_nbytes: memory to take there, for any size of model; a layer's Gram matrices come on top.
+
+    Raises:
+        BackendError: the device does not have the memory.
+    """
+
+    name = "cuda"
+
+    def __init__(self, device: Device, device_nbytes: int) -> None:
+        self._device = device
+        try:
+            self._pipeline = Pipeline(device, device_nbytes, min(_native.num_threads(), _MAX_THREADS))
+        except BaseException:
+            device.close()
+            raise
+        self._results = _Results(device, self._pipeline)
+
+    def close(self) -> None:
+        """Give the device's memory and the threads back."""
+        self._pipeline.close()
+
+    def layer_gram(self, layer: LayerTable, gram: NDArray[np.float64]) -> None:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        num_pairs = layer.num_operands * (layer.num_operands + 1) // 2
+        # A block has its sums, and there are at most as many spans as blocks.
+        slices = list(cut_into_slices(layer, None, self._pipeline.limits(2 * 8 * num_pairs)))
+        address = self._results.load(gram)
+        job = Job(
+            lambda part, slot, _: _prepare(layer, None, None, part, slot, 0),
+            lambda part: reads_of(part, layer),
+            lambda part: [],
+            lambda stream, launch: self._device.layer_gram(stream, launch, self._pipeline.scratch, address),
+        )
+        self._pipeline.run(slices, job)
+        self._results.store(gram)
+
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        slices = list(cut_into_slices(layer, out, self._pipeline.limits(0)))
+        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        address = self._results.load(num_nonfinite)
+        job = Job(
+            lambda part, slot, output: _prepare(layer, coefficients, out, part, slot, output),
+            lambda part: reads_of(part, layer),
+            lambda part: writes_of(part, out),
+            lambda stream, launch: self._device.layer_merge(stream, launch, address),
+        )
+        self._pipeline.run(slices, job)
+        self._results.store(num_nonfinite)
+        return num_nonfinite
+
+    def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`. On the CPU: it explains an error, once."""
+        return CpuBackend().layer_nonfinite(layer)
+
+    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> NoReturn:
+        """Not there."""
+        _refuse("layer_row_divergence")
+
+    def column_gram(
+        self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
+    ) -> NoReturn:
+        """Not there."""
+        _refuse("column_gram")
+
+    def column_merge(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        coefficients: Sequence[NDArray[np.float64]],
+        out: OutputTable,
+    ) -> NoReturn:
+        """Not there."""
+        _refuse("column_merge")
+
+    def layer_threshold(
+        self,
+        layer: LayerTable,
+        columns: NDArray[np.int64],
+        row_factors: NDArray[np.uint64],
+        key_kind: int,
+        ranks: NDArray[np.int64],
+    ) -> NoReturn:
+        """Not there."""
+        _refuse("layer_threshold")
+
+    def layer_count_nonzero(
+        self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
+    ) -> NoReturn:
+        """Not there."""
+        _refuse("layer_count_nonzero")
+
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NoReturn:
+        """Not there."""
+        _refuse("layer_moments")
+
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> NoReturn:
+        """Not there."""
+        _refuse("layer_elect")
+
+
+class _Results:
+    """Room on the device for what the slices of one call add to: Gram matrices, or counts. Grows as needed."""
+
+    def __init__(self, device: Device, pipeline: Pipeline) -> None:
+        self._device = device
+        self._stream = pipeline.compute
+        self._done = device.make_event()
+        self._nbytes = 0
+        self._pinned = self._address = 0
+
+    def load(self, array: NDArray[Any]) -> int:
+        """Bring an array to the device, in front of everything that is computed from now on. Return its address."""
+        if array.nbytes > self._nbytes:
+            if self._nbytes:
+                self._device.free(self._address)
+                self._device.free_pinned(self._pinned)
+            self._nbytes = array.nbytes
+            self._address = self._device.allocate(array.nbytes)
+            self._pinned = self._device.allocate_pinned(array.nbytes)
+        ctypes.memmove(self._pinned, array.ctypes.data, array.nbytes)
+        self._device.copy_to_device(self._stream, self._address, self._pinned, array.nbytes)
+        return self._address
+
+    def store(self, array: NDArray[Any]) -> None:
+        """Bring it back, after all that was computed, and wait for it."""
+        self._device.copy_to_host(self._stream, self._pinned, self._address, array.nbytes)
+        self._device.record(self._done, self._stream)
+        self._device.synchronize(self._done)
+        ctypes.memmove(array.ctypes.data, self._pinned, array.nbytes)
+
+
+def _prepare(
+    layer: LayerTable,
+    coefficients: NDArray[np.float64] | None,
+    out: OutputTable | None,
+    part: Slice,
+    slot: int,
+    output: int,
+) -> tuple[NDArray[np.uint8], Launch]:
+    """Return a slice's table and its launch, for slots at these addresses."""
+    tensors, num_pieces = part.tensors, len(part.tensors)
+    num_models = layer.num_operands - layer.has_base
+    table = DeviceTable(
+        addresses=(slot + part.offsets).astype(np.uint64),
+        dtypes=layer.dtypes[tensors],
+        numels=part.numels,
+        has_base=layer.has_base,
+        rows=tensors,
+        out_addresses=np.zeros(num_pieces, np.uint64) if out is None else (output + part.out_offsets).astype(np.uint64),
+        out_dtypes=np.zeros(num_pieces, np.uint8) if out is None else out.dtypes[tensors],
+        coefficients=np.zeros((num_pieces, num_models)) if coefficients is None else coefficients[tensors],
+    )
+    packed, num_blocks, num_spans, kinds = pack(table, merges=out is not None)
+    launch = Launch(
+        table_address=slot,
+        num_tensors=num_pieces,
+        num_operands=layer.num_operands,
+        has_base=layer.has_base,
+        num_blocks=num_blocks,
+        num_spans=num_spans,
+        kinds=kinds,
+        reads=(slot, part.nbytes),
+        writes=(output, part.out_nbytes),
+    )
+    return packed, launch
+
+
+def _refuse(kernel: str) -> NoReturn:
+    raise BackendError("not there on a GPU yet", where=kernel, hint="use --device cpu")
