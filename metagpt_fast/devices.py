@@ -1,4 +1,4 @@
-"""Where a merge of files is computed, and why: ``--device``."""
+"""Where a merge of files is computed, and why: ``--device``; and by how many threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import _native
 from .backends import make_backend
 from .errors import BackendError, RecipeError
 from .methods import SparseMethod
@@ -76,6 +77,20 @@ def open_backend(device: str, backend: str, methods: Sequence[Method], device_me
         yield Choice(streamed, opened.name, "asked for")
     finally:
         streamed.close()
+
+
+@contextmanager
+def use_threads(threads: int | None) -> Iterator[None]:
+    """Run with this number of threads, then go back to what was set."""
+    before = _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
+    if threads is None:
+        yield
+        return
+    _native.set_num_threads(threads or -1)  # 0 would mean the default
+    try:
+        yield
+    finally:
+        _native.set_num_threads(before)
 
 
 def _open_device(index: int) -> Device:

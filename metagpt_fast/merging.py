@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import _native, trust
 from .artifacts import model_card, output_files, report_json
 from .buffers import check_buffers
 from .checkpoint import ShardFile, open_checkpoint
-from .devices import DEFAULT_DEVICE_MEMORY, open_backend
+from .devices import DEFAULT_DEVICE_MEMORY, open_backend, use_threads
 from .input_files import InputFiles, check_io
 from .jobs import check_unchanged, fingerprints_of, job_of, load_gram, measurement_nbytes, measurement_of
 from .layer_pass import LayerPass, Progress
@@ -237,7 +236,7 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     window_nbytes = _window_nbytes(memory)
     methods = [tensor.method for tensor in plan.merged if tensor.method is not None]
     with (
-        _num_threads(threads),
+        use_threads(threads),
         open_backend(device, backend, methods, device_memory) as chosen,
         InputFiles(_shards(plan), check_io(io)) as files,
     ):
@@ -366,7 +365,7 @@ def measure(
     if out is not None:
         check_writable(out, measurement_nbytes(plan, fingerprints))
     with (
-        _num_threads(threads),
+        use_threads(threads),
         open_backend(device, backend, (), device_memory) as chosen,
         InputFiles(_shards(plan), check_io(io)) as files,
     ):
@@ -393,17 +392,3 @@ def _shards(plan: MergePlan) -> Iterator[ShardFile]:
 def _window_nbytes(memory: str | int) -> int:
     # Half of the bound: the kernel maps whole folios, up to some MiB around what a batch touches.
     return min(parse_memory(memory) // 2, _MAX_WINDOW_NBYTES)
-
-
-@contextmanager
-def _num_threads(threads: int | None) -> Iterator[None]:
-    """Run with this number of threads, then go back to what was set."""
-    before = _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
-    if threads is None:
-        yield
-        return
-    _native.set_num_threads(threads or -1)  # 0 would mean the default
-    try:
-        yield
-    finally:
-        _native.set_num_threads(before)
