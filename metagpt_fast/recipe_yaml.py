@@ -86,7 +86,7 @@ class _Open:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a recipe: at most 1 MiB of UTF-8 without control characters; else RecipeError."""
+    """Return the text of a recipe: at most 1 MiB of UTF-8; else RecipeError."""
     try:
         with open_regular(path) as (fd, info):
             if info.st_size > MAX_NBYTES:
@@ -104,9 +104,6 @@ def read_text(path: Path) -> str:
         where = f"{path}:{raw.count(bytes([10]), 0, error.start) + 1}"
         got = f"the byte 0x{raw[error.start]:02x}"
         raise RecipeError("is not UTF-8 text", where=where, got=got, expected="a YAML file") from error
-    if found := _UNPRINTABLE.search(text):
-        where = f"{path}:{text.count(chr(10), 0, found.start()) + 1}"
-        raise RecipeError("is not plain text", where=where, got=ascii(found.group()), expected="a YAML file")
     return text
 
 
@@ -114,9 +111,16 @@ def parse_yaml(text: str, path: Path) -> YamlNode:
     """Return the one document of a YAML text; ``path`` is for messages.
 
     Raises:
-        RecipeError: it is no YAML, has no document or several, uses a key twice, a tag, a merge key or an alias within
-            itself, or is larger than 100,000 values (aliases expanded) or deeper than 64 levels.
+        RecipeError: it is no YAML, holds control characters or lone surrogates, has no document or several, uses a key
+            twice, a tag, a merge key or an alias within itself, or is larger than 1 MiB or 100,000 values (aliases
+            expanded) or deeper than 64 levels.
     """
+    if found := _UNPRINTABLE.search(text):
+        where = f"{path}:{text.count(chr(10), 0, found.start()) + 1}"
+        raise RecipeError("is not plain text", where=where, got=ascii(found.group()), expected="a YAML file")
+    if len(text) > MAX_NBYTES:
+        got, expected = f"{len(text)} characters", f"at most {MAX_NBYTES}"
+        raise RecipeError("recipe is too large", where=path, got=got, expected=expected)
     return _Builder(path).build(text)
 
 

@@ -203,6 +203,8 @@ class _Verification:
     def recompute(self, checkpoint: Checkpoint, plan: MergePlan, window_nbytes: int, io: str) -> None:
         """Compute tensors again and compare them with the output's."""
         outputs = self._matching_outputs(checkpoint, plan)
+        # The CUDA kernels have the bits of the CPU's, and the machine that verifies may have no GPU.
+        measured_by = "cpu" if self._record.backend == "cuda" else self._record.backend
         damaged = {shard.name for shard in self._shards if shard.state == "damaged"}
         is_damaged = {tensor.name for tensor in outputs if self._shard_of(checkpoint, tensor.name) in damaged}
         wanted = set(self._choose(outputs, is_damaged))
@@ -210,7 +212,7 @@ class _Verification:
         subset = replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name in chosen))
         try:
             subset = with_recorded_coefficients(subset, self._record)
-            measuring = make_backend(self._record.backend)
+            measuring = make_backend(measured_by)
         except MetagptFastError as error:
             self._problem("record", str(self._record.path), str(error))
             return

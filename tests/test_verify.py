@@ -296,6 +296,17 @@ def test_inputs_that_changed(tmp_path):
     assert mf.verify(out, full=True).problems[0].kind == "input"
 
 
+@pytest.mark.parametrize("method", ["metagpt", "linear"])
+def test_a_merge_that_a_gpu_has_made(family, tmp_path, method):
+    """Where there is none: it has the bits of the CPU's."""
+    base, models = family
+    mf.merge(base, models, tmp_path / "out", method=method)
+    edit_json(tmp_path / "out" / "metagpt_fast.json", lambda content: content.update(backend="cuda"))
+    report = mf.verify(tmp_path / "out", full=True)
+    assert report.ok, report.problems
+    assert report.num_recomputed == report.num_tensors
+
+
 def test_a_merge_that_another_tool_had_planned(out, tmp_path):
     """What the tool wanted is not in the record: hashes, headers and inputs are compared, nothing is recomputed."""
     edit_json(out / "metagpt_fast.json", lambda content: content.update(tool={"name": "other"}, method="other"))
@@ -358,6 +369,9 @@ def test_broken_records_are_refused(out, change):
         {"out_dtype": "q4"},
         {"backend": "gpu"},
         {"recipe": "merge_method: ["},
+        {"recipe": "merge_method: \ud800"},
+        {"recipe": "merge_method: ties\0"},
+        {"recipe": "#" * (1 << 20) + "!"},
         {"base": "a\0b"},
         {"out": "../../../etc"},
         {"scopes": ["other"]},

@@ -67,7 +67,13 @@ def run_apart(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         corpus.mkdir(parents=True, exist_ok=True)
         before = set(os.listdir(corpus))  # noqa: PTH208
         finished = subprocess.run(
-            [*command, "--atheris"], env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+            [*command, "--atheris"],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
         )
         number = re.search(r"stat::number_of_executed_units:\s*(\d+)", finished.stderr)
         covered = re.findall(r"cov: (\d+)", finished.stderr)
