@@ -110,7 +110,7 @@ class _Verification:
         self._shards: list[ShardCheck] = []
         self._inputs: list[InputCheck] = []
         self._damaged: set[str] = set()  # tensors
-        self._num_tensors = self._num_recomputed = self._numel_recomputed = 0
+        self._num_tensors = self._num_recomputed = self._numel_recomputed = self._nbytes_checked = 0
 
     def report(self, seconds: float) -> VerifyReport:
         return VerifyReport(
@@ -123,7 +123,7 @@ class _Verification:
             num_recomputed=self._num_recomputed,
             numel_recomputed=self._numel_recomputed,
             is_full=self._is_full,
-            nbytes_checked=sum(shard.nbytes for shard in self._shards if shard.state in {"same", "damaged"}),
+            nbytes_checked=self._nbytes_checked,
             seconds=seconds,
         )
 
@@ -136,8 +136,11 @@ class _Verification:
         paths = {shard.name: self._path_of(shard.name) for shard in self._record.shards}
         sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
         readable = [s for s in self._record.shards if s.crc32c is not None and sizes.get(s.name) == s.nbytes]
-        with self._progress.phase("checksum", sum(sizes[shard.name] for shard in readable)):
-            is_same = {shard.name: self._check_content(shard, paths[shard.name]) for shard in readable}
+        is_same: dict[str, bool] = {}
+        if readable:
+            self._nbytes_checked = sum(sizes[shard.name] for shard in readable)
+            with self._progress.phase("checksum", self._nbytes_checked):
+                is_same = {shard.name: self._check_content(shard, paths[shard.name]) for shard in readable}
         for shard in self._record.shards:
             where, nbytes = str(paths[shard.name]), sizes.get(shard.name)
             if nbytes is None:

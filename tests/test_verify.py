@@ -256,6 +256,7 @@ def test_files_that_are_missing_or_short_or_more(out):
     shards[0].write_bytes(content[:-1])
     report = mf.verify(out)
     assert [each.state for each in report.shards][:2] == ["damaged", "same"]
+    assert report.nbytes_checked == sum(path.stat().st_size for path in shards[1:])
     assert "and 1" in problems_of(report, "shard")[0].what or str(len(content)) in problems_of(report, "shard")[0].what
     assert problems_of(report, "header")
     shards[0].unlink()
