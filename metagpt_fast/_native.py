@@ -102,14 +102,15 @@ def layer_merge(
     out_addresses: NDArray[np.uint64],
     out_files: NDArray[np.int32],
     out_dtypes: NDArray[np.uint8],
-) -> NDArray[np.int64]:
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     """Write ``base + Σ c_t τ_t`` of every tensor; ``coefficients`` float64 ``[K, T]``.
 
     Returns:
-        int64 ``[K]``: how many elements of each result are NaN or Inf.
+        int64 ``[K]``: how many elements of each result are NaN or Inf; uint32 ``[K]``: the CRC32C of its bytes, 0 for
+        results in memory.
     """
     return cast(
-        "NDArray[np.int64]",
+        "tuple[NDArray[np.int64], NDArray[np.uint32]]",
         _core.layer_merge(
             addresses, files, dtypes, numels, has_base, coefficients, out_addresses, out_files, out_dtypes
         ),
@@ -174,14 +175,10 @@ def column_merge(
     out_addresses: NDArray[np.uint64],
     out_files: NDArray[np.int32],
     out_dtypes: NDArray[np.uint8],
-) -> NDArray[np.int64]:
-    """As :func:`layer_merge`; ``coefficients``: uint64 ``[K]``, addresses of float64 ``[C, T]``.
-
-    Returns:
-        int64 ``[K]``: how many elements of each result are NaN or Inf.
-    """
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """As :func:`layer_merge`; ``coefficients``: uint64 ``[K]``, addresses of float64 ``[C, T]``."""
     return cast(
-        "NDArray[np.int64]",
+        "tuple[NDArray[np.int64], NDArray[np.uint32]]",
         _core.column_merge(
             addresses,
             files,
@@ -348,12 +345,41 @@ def layer_elect(
     masks: tuple[Any, ...],
     election: tuple[Any, ...],
     out: tuple[Any, ...],
-) -> NDArray[np.int64]:
-    """Combine masked task vectors element by element, and write the results.
+) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Combine masked task vectors element by element, and write the results; returns what :func:`layer_merge` does.
 
     ``masks``, ``election`` and ``out`` are the fields of a MaskTable, a LayerElection and an OutputTable, in order.
-
-    Returns:
-        int64 ``[K]``: how many elements of each result are NaN or Inf.
     """
-    return cast("NDArray[np.int64]", _core.layer_elect(addresses, files, dtypes, numels, masks, election, out))
+    return cast(
+        "tuple[NDArray[np.int64], NDArray[np.uint32]]",
+        _core.layer_elect(addresses, files, dtypes, numels, masks, election, out),
+    )
+
+
+def crc32c(data: bytes | memoryview | NDArray[np.uint8]) -> int:
+    """Return the CRC32C (Castagnoli; RFC 3720) of contiguous bytes."""
+    return cast("int", _core.crc32c(data))
+
+
+def crc32c_of_memory(addresses: NDArray[np.uint64], nbytes: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return the CRC32C of N runs of memory, uint32 ``[N]``; computed by the calling thread."""
+    return cast("NDArray[np.uint32]", _core.crc32c_of_memory(addresses, nbytes))
+
+
+def crc32c_of_file(file: int, offsets: NDArray[np.int64], nbytes: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Return the CRC32C of N ranges of an open file, uint32 ``[N]``, which all threads read once.
+
+    Raises:
+        FileOperandError: a range, by its number as ``tensor``, cannot be read, or the file ends within it.
+    """
+    return cast("NDArray[np.uint32]", _core.crc32c_of_file(file, offsets, nbytes))
+
+
+def crc32c_join(
+    crcs: NDArray[np.uint32], nbytes: NDArray[np.int64], owners: NDArray[np.int64], num_owners: int
+) -> NDArray[np.uint32]:
+    """Return the CRC32C of what parts make up, in order, from their CRC32C and sizes: uint32 ``[num_owners]``.
+
+    ``owners``: int64 ``[N]``, ascending: what each part belongs to. 0, the CRC32C of no bytes, for those without parts.
+    """
+    return cast("NDArray[np.uint32]", _core.crc32c_join(crcs, nbytes, owners, num_owners))

@@ -49,9 +49,9 @@ def verify_command(ctx: click.Context, /, out: str, *, as_json: bool, quiet: boo
         metagpt-fast verify merged
         metagpt-fast verify merged --inputs --full
 
-    Every file is hashed and compared with metagpt_fast.json, and headers and index are checked. If the inputs are
-    where they were and unchanged, a sample of the tensors is computed again from them by the NumPy reference and
-    compared bit by bit, and so is every tensor of a file whose hash differs: the damaged tensor is named.
+    Every file is read once and compared with the checksums in metagpt_fast.json, which name a damaged tensor; headers
+    and index are checked. If the inputs are where they were and unchanged, a sample of the tensors is computed again
+    from them by the NumPy reference and compared bit by bit, and so is every damaged tensor.
 
     Paths of inputs are those of the merge: relative ones count from the folder where it was run.
     Exit status: 0 nothing wrong, 1 a problem.

@@ -18,6 +18,7 @@ import numpy as np
 from . import _native
 from .backends.tables import MEMORY, Place
 from .checkpoint import ShardFile, TensorSource
+from .checksums import file_crc32c, join_crc32c
 from .errors import CheckpointError, RecipeError
 from .untrusted import read_at, unreadable
 
@@ -28,6 +29,7 @@ IO_CHOICES = ("auto", "mmap", "pread")
 _PREAD_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "virtiofs"})
 _PREFETCH_CHUNK_NBYTES = 4 << 20
 _COPY_CHUNK_NBYTES = 8 << 20
+_CHECKED_COPY_NBYTES = 64 << 20
 
 # A part of a file: path, first byte, number of bytes.
 FileRange = tuple[Path, int, int]
@@ -92,18 +94,29 @@ class InputFiles:
             for path, offset, nbytes in ranges:
                 self._files[path].release(offset, nbytes)
 
-    def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> None:
+    def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> int:
         """Copy a tensor's bytes into an open file; file systems with reflinks share the blocks instead.
+
+        Returns:
+            Their CRC32C.
 
         Raises:
             CheckpointError: the file has become too short, or a read failed.
             OSError: a write failed.
         """
-        try:
-            copy_range(self._files[source.path].fd, source.data_offset, out_fd, out_offset, source.nbytes)
-        except OSError:
-            self.read(source, 0, source.nbytes)  # raises if it is the input that fails
-            raise
+        fd = self._files[source.path].fd
+        crcs, sizes = [], []
+        # What is copied has just been read, and the kernel takes it from the page cache.
+        for first in range(0, source.nbytes, _CHECKED_COPY_NBYTES):
+            offset, nbytes = source.data_offset + first, min(_CHECKED_COPY_NBYTES, source.nbytes - first)
+            try:
+                crcs.append(file_crc32c(fd, offset, nbytes))
+                copy_range(fd, offset, out_fd, out_offset + first, nbytes)
+            except OSError:
+                self.read(source, first, nbytes)  # raises if it is the input that fails
+                raise
+            sizes.append(nbytes)
+        return join_crc32c(crcs, sizes)
 
     def read(self, source: TensorSource, first_byte: int, nbytes: int) -> bytes:
         """Return bytes of a tensor; raises CheckpointError if the file has become too short, or a read fails."""

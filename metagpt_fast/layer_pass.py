@@ -258,12 +258,15 @@ class LayerPass:
             slot, dtype = writer.slot(piece.tensor.name), piece.tensor.out_dtype
             assert dtype.code is not None  # --dtype takes mergeable dtypes only
             places.append((slot.data_offset + piece.first * dtype.itemsize, slot.fd, dtype.code))
-            self.nbytes_written += piece.numel * dtype.itemsize
         with self._input_errors(pieces):
-            counts = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
-        if counts.any():
+            written = self._operation.combine(layer, [piece.row for piece in pieces], output_table(places))
+        for piece, crc in zip(pieces, written.crcs.tolist(), strict=True):
+            itemsize = piece.tensor.out_dtype.itemsize
+            writer.wrote(piece.tensor.name, piece.first * itemsize, piece.numel * itemsize, crc)
+            self.nbytes_written += piece.numel * itemsize
+        if written.num_nonfinite.any():
             self._nonfinite.check(pieces, layer, is_measured=False)
-            for piece, count in zip(pieces, counts.tolist(), strict=True):
+            for piece, count in zip(pieces, written.num_nonfinite.tolist(), strict=True):
                 if count:
                     name = piece.tensor.name
                     self.num_nonfinite[name] = self.num_nonfinite.get(name, 0) + count
@@ -278,13 +281,14 @@ class LayerPass:
         source = tensor.base
         assert source is not None  # what is copied comes from the base
         try:
-            self._files.copy(source, slot.fd, slot.data_offset)
+            crc = self._files.copy(source, slot.fd, slot.data_offset)
         except OSError as error:
             raise OutputError(
                 f"cannot copy tensor {brief(tensor.name)} ({error.strerror})",
                 where=slot.path.parent,
                 got=f"an error while copying from {source.path}",
             ) from error
+        writer.wrote(tensor.name, 0, source.nbytes, crc)
         self.nbytes_read += source.nbytes
         self.nbytes_written += source.nbytes
 

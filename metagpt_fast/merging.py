@@ -21,7 +21,6 @@ from .recipe import Recipe, make_recipe, parse_memory
 from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
-from .shard_hashes import output_record
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
 
 DEFAULT_MEMORY = "1GiB"
@@ -263,8 +262,7 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
                 writer.add_file(name, content)
             if not is_file_target(target) and plan.tool is None:
                 writer.add_file("README.md", model_card(report).encode())
-            hashes = writer.hashes(_native.num_threads())
-            writer.add_file("metagpt_fast.json", report_json(report, output_record(shards, hashes)).encode())
+            writer.add_file("metagpt_fast.json", report_json(report, writer.output_record()).encode())
             writer.finish()
     if measurement is not None and gram is None and layers.gram is not None:
         measurement_of(plan, layers.gram, fingerprints).save(measurement)

@@ -65,14 +65,15 @@ class ComparingFiles(InputFiles):
         super().__init__(shards, io)
         self._backend = backend
 
-    def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> None:
-        """Compare a tensor's bytes with those of the output."""
+    def copy(self, source: TensorSource, out_fd: int, out_offset: int) -> int:
+        """Compare a tensor's bytes with those of the output; returns 0."""
         if out_fd == SKIPPED:
-            return
+            return 0
         for first in range(0, source.nbytes, _COMPARE_NBYTES):
             count = min(_COMPARE_NBYTES, source.nbytes - first)
             expected = np.frombuffer(self.read(source, first, count), np.uint8)
             self._backend.compare(out_fd, out_offset + first, expected, None)
+        return 0
 
 
 class OutputSlots:
@@ -119,6 +120,9 @@ class OutputSlots:
     def is_written(self, tensor_name: str) -> bool:
         """Return False: every tensor is to be worked on."""
         return False
+
+    def wrote(self, tensor_name: str, first_byte: int, nbytes: int, crc: int) -> None:
+        """Nothing: nothing is written."""
 
     def record(self, facts: Mapping[str, Any], written: Sequence[str] = ()) -> None:
         """Nothing: a verification is not resumed."""

@@ -1,4 +1,4 @@
-"""The record of a merge, ``metagpt_fast.json``, read back: what was merged, how, and what the files' bytes hash to.
+"""The record of a merge, ``metagpt_fast.json``, read back: what was merged, how, and the checksums of its files.
 
 The record lies in an output that may come from a stranger: it is checked like the checkpoint itself. What it names is
 read, never run, and the paths in it are opened for reading only.
@@ -6,6 +6,7 @@ read, never run, and the paths in it are opened for reading only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,33 @@ from .untrusted import brief, open_regular, parse_json_object, read_at
 
 FILE_NAME = "metagpt_fast.json"
 MAX_NBYTES = 1 << 28
+_CRC32C = re.compile("[0-9a-f]{8}")
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of a file: its size in bytes, and the CRC32C of its data."""
+
+    name: str
+    nbytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """One file of the output: its name, and its bytes and hash if they were recorded."""
+    """One file of the output: a header and the data of its tensors, in order; their CRC32C if they were recorded."""
 
     name: str
     nbytes: int | None = None
-    blake2b: str | None = None
+    crc32c: int | None = None
+    tensors: tuple[TensorRecord, ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return the bytes of the header, and of each tensor."""
+        sizes = [tensor.nbytes for tensor in self.tensors]
+        return [(self.nbytes or 0) - sum(sizes), *sizes]
 
 
 @dataclass(frozen=True)
@@ -71,9 +89,9 @@ class Record:
     shards: tuple[ShardRecord, ...]
 
     @property
-    def has_hashes(self) -> bool:
-        """Return whether the bytes of every file were hashed."""
-        return all(shard.blake2b is not None for shard in self.shards)
+    def has_checksums(self) -> bool:
+        """Return whether the checksum of every file was recorded."""
+        return all(shard.crc32c is not None for shard in self.shards)
 
 
 def record_path(out: Path) -> Path:
@@ -135,20 +153,38 @@ def _record(path: Path, content: Mapping[str, Any]) -> Record:
 
 
 def _shards(content: Mapping[str, Any]) -> tuple[ShardRecord, ...]:
-    """Return the files with their hashes, or by name alone from a version that hashed nothing."""
+    """Return the files with their checksums, or by name alone from a version that had none."""
     output = content.get("output")
     if output is None:
         shards = [ShardRecord(_file_name(name)) for name in _array(content["shards"])]
     else:
         shards = []
         for each in _array(_object(output)["shards"]):
-            nbytes, digest = _object(each)["nbytes"], _text(each["blake2b"])
-            if type(nbytes) is not int or nbytes < 0:
-                raise ValueError(f"nbytes: got {brief(nbytes)}")
-            shards.append(ShardRecord(_file_name(each["name"]), nbytes, digest))
+            tensors = tuple(
+                TensorRecord(_text(tensor["name"]), _nbytes(tensor), _crc32c(tensor))
+                for tensor in map(_object, _array(_object(each)["tensors"]))
+            )
+            shard = ShardRecord(_file_name(each["name"]), _nbytes(each), _crc32c(each), tensors)
+            if shard.sizes[0] < 0:
+                raise ValueError(f"{brief(shard.name)}: the tensors are larger than the file")
+            shards.append(shard)
     if not shards or len({shard.name for shard in shards}) != len(shards):
         raise ValueError("shards: expected at least one, each once")
     return tuple(shards)
+
+
+def _nbytes(entry: Mapping[str, Any]) -> int:
+    nbytes = entry["nbytes"]
+    if type(nbytes) is not int or not 0 <= nbytes < 1 << 63:
+        raise ValueError(f"nbytes: got {brief(nbytes)}")
+    return nbytes
+
+
+def _crc32c(entry: Mapping[str, Any]) -> int:
+    crc = _text(entry["crc32c"])
+    if _CRC32C.fullmatch(crc) is None:
+        raise ValueError(f"crc32c: got {brief(crc)}, expected 8 hexadecimal digits")
+    return int(crc, 16)
 
 
 def _file_name(value: object) -> str:

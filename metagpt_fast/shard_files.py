@@ -83,10 +83,6 @@ class ShardFiles:
         """Return where the bytes of a tensor go; those that are never written read as zeros."""
         return self._slots[name]
 
-    def fds(self) -> list[int]:
-        """Return the open files, in the order of the shards."""
-        return [self._fds[shard.file_name] for shard in self._shards]
-
     def is_written(self, name: str) -> bool:
         """Return whether a tensor's bytes are in their file."""
         return name not in self._unwritten[self._shard_of[name].file_name]

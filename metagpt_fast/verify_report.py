@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-ShardState = Literal["same", "damaged", "missing", "no hash"]
+ShardState = Literal["same", "damaged", "missing", "no checksum"]
 InputState = Literal["same", "touched", "changed", "missing"]
 
 
@@ -33,7 +33,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """One file of the output: whether its bytes have the hash that the merge recorded."""
+    """One file of the output: whether its bytes have the checksums that the merge recorded."""
 
     name: str
     nbytes: int
@@ -66,7 +66,7 @@ class VerifyReport:
         num_recomputed: how many of them were recomputed from the inputs and compared.
         numel_recomputed: how many elements these have.
         is_full: whether every tensor was to be recomputed.
-        nbytes_hashed: bytes of the files that were hashed.
+        nbytes_checked: bytes of the files that were compared with their checksums.
         seconds: wall time.
     """
 
@@ -79,7 +79,7 @@ class VerifyReport:
     num_recomputed: int
     numel_recomputed: int
     is_full: bool
-    nbytes_hashed: int
+    nbytes_checked: int
     seconds: float
 
     @property

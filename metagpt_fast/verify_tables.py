@@ -25,7 +25,7 @@ def print_verification(report: VerifyReport, console: Console | None = None) -> 
     console.print()
     table = make_table("file", "size", "bytes", left=("file", "bytes"))
     for shard in report.shards[:_MAX_ROWS]:
-        state = Text(shard.state, style="" if shard.state in {"same", "no hash"} else _BAD)
+        state = Text(shard.state, style="" if shard.state in {"same", "no checksum"} else _BAD)
         table.add_row(Text(printable(shard.name)), format_nbytes(shard.nbytes), state)
     console.print(table)
     if len(report.shards) > _MAX_ROWS:
@@ -44,7 +44,7 @@ def print_verification(report: VerifyReport, console: Console | None = None) -> 
         recomputed += f", {format_count(report.numel_recomputed)} elements"
     facts = make_table("", "", left=("", ""))
     facts.show_header = False
-    facts.add_row(Text("hashed"), Text(format_nbytes(report.nbytes_hashed)))
+    facts.add_row(Text("checksums"), Text(format_nbytes(report.nbytes_checked)))
     facts.add_row(Text("recomputed"), Text(recomputed))
     facts.add_row(Text("time"), Text(format_seconds(report.seconds)))
     console.print(facts)

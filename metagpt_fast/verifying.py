@@ -1,4 +1,4 @@
-"""verify(): hashes → header and index → inputs → tensors recomputed. Whether an output is what the merge wrote."""
+"""verify(): checksums → header and index → inputs → tensors recomputed. Whether an output is what the merge wrote."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .backends import make_backend
 from .backends.comparing import ComparingBackend, Difference
 from .buffers import check_buffers
 from .checkpoint import Checkpoint, open_checkpoint
+from .checksums import consecutive_crc32c, join_crc32c
 from .errors import CheckpointError, MetagptFastError
 from .input_files import check_io
 from .layer_pass import LayerPass, Progress
@@ -25,7 +26,7 @@ from .ops import threads_for_call
 from .plan import MergePlan, TensorPlan
 from .recipe import parse_memory
 from .recomputing import ComparingFiles, ComparingPass, OutputSlots, Phases
-from .record import Record, read_record
+from .record import Record, ShardRecord, read_record
 from .recorded_merge import (
     RecordedMethod,
     check_inputs,
@@ -35,8 +36,7 @@ from .recorded_merge import (
     recorded_row,
     with_recorded_coefficients,
 )
-from .shard_hashes import hash_files
-from .untrusted import brief
+from .untrusted import brief, open_regular
 from .verify_report import InputCheck, Problem, ShardCheck, VerifyReport
 from .writer import CheckpointWriter, is_file_target
 
@@ -62,11 +62,11 @@ def verify(
     io: str = "auto",
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check that an output is what a merge wrote: hashes, header and index, and tensors recomputed from the inputs.
+    """Check that an output is what a merge wrote: checksums, header and index, and tensors recomputed from the inputs.
 
-    Every file is hashed and compared with ``metagpt_fast.json``. If the inputs are still where they were, and have the
-    fingerprints that were recorded, a sample of tensors, and every tensor of a file whose hash differs, is computed
-    again by the NumPy reference and compared to the bit.
+    Every file is read once, and the CRC32C of its header and of each tensor compared with ``metagpt_fast.json``. If the
+    inputs are still where they were, and have the fingerprints that were recorded, a sample of tensors, and every
+    tensor whose CRC32C differs, is computed again by the NumPy reference and compared to the bit.
 
     Args:
         out: the output folder, or the bare file.
@@ -90,7 +90,7 @@ def verify(
     check_io(io)
     with threads_for_call(threads):
         verification = _Verification(out, read_record(out), Phases(progress), is_full=full, wants_inputs=inputs)
-        verification.hash_shards()
+        verification.check_shards()
         checkpoint = verification.open_output()
         plan = verification.find_inputs()
         if checkpoint is not None and plan is not None:
@@ -109,7 +109,8 @@ class _Verification:
         self._notes: list[str] = []
         self._shards: list[ShardCheck] = []
         self._inputs: list[InputCheck] = []
-        self._num_tensors = self._num_recomputed = self._numel_recomputed = 0
+        self._damaged: set[str] = set()  # tensors
+        self._num_tensors = self._num_recomputed = self._numel_recomputed = self._nbytes_checked = 0
 
     def report(self, seconds: float) -> VerifyReport:
         return VerifyReport(
@@ -122,38 +123,49 @@ class _Verification:
             num_recomputed=self._num_recomputed,
             numel_recomputed=self._numel_recomputed,
             is_full=self._is_full,
-            nbytes_hashed=sum(shard.nbytes for shard in self._shards if shard.state in {"same", "damaged"}),
+            nbytes_checked=self._nbytes_checked,
             seconds=seconds,
         )
 
-    def hash_shards(self) -> None:
-        """Compare every file with its recorded size and hash."""
-        if not self._record.has_hashes:
+    def check_shards(self) -> None:
+        """Compare every file with its recorded size and checksums."""
+        if not self._record.has_checksums:
             self._notes.append(
-                f"{self._record.path} holds no hashes: a flipped bit is found only where it is recomputed"
+                f"{self._record.path} holds no checksums: a flipped bit is found only where it is recomputed"
             )
         paths = {shard.name: self._path_of(shard.name) for shard in self._record.shards}
         sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
-        hashes: dict[str, str] = {}
-        if self._record.has_hashes:
-            with self._progress.phase("hash", sum(sizes.values())):
-                found = hash_files([paths[name] for name in sizes], _native.num_threads(), self._progress.advance)
-            hashes = dict(zip(sizes, found, strict=True))
+        readable = [s for s in self._record.shards if s.crc32c is not None and sizes.get(s.name) == s.nbytes]
+        is_same: dict[str, bool] = {}
+        if readable:
+            self._nbytes_checked = sum(sizes[shard.name] for shard in readable)
+            with self._progress.phase("checksum", self._nbytes_checked):
+                is_same = {shard.name: self._check_content(shard, paths[shard.name]) for shard in readable}
         for shard in self._record.shards:
             where, nbytes = str(paths[shard.name]), sizes.get(shard.name)
             if nbytes is None:
                 self._shards.append(ShardCheck(shard.name, 0, "missing"))
                 self._problem("shard", where, "is missing")
-            elif shard.blake2b is None:
-                self._shards.append(ShardCheck(shard.name, nbytes, "no hash"))
-            elif nbytes == shard.nbytes and hashes[shard.name] == shard.blake2b:
-                self._shards.append(ShardCheck(shard.name, nbytes, "same"))
+            elif shard.crc32c is None:
+                self._shards.append(ShardCheck(shard.name, nbytes, "no checksum"))
             else:
-                self._shards.append(ShardCheck(shard.name, nbytes, "damaged"))
-                what = "its bytes are not those that were written (BLAKE2b differs)"
+                self._shards.append(ShardCheck(shard.name, nbytes, "same" if is_same.get(shard.name) else "damaged"))
                 if nbytes != shard.nbytes:
-                    what = f"has {nbytes} bytes, and {shard.nbytes} were written"
-                self._problem("shard", where, what)
+                    self._problem("shard", where, f"has {nbytes} bytes, and {shard.nbytes} were written")
+
+    def _check_content(self, shard: ShardRecord, path: Path) -> bool:
+        """Compare a file's header and tensors with their checksums; return whether they are the same."""
+        with open_regular(path) as (fd, _):
+            header, *found = consecutive_crc32c(fd, shard.sizes, self._progress.advance)
+        expected = [tensor.crc32c for tensor in shard.tensors]
+        is_header_same = join_crc32c([header, *expected], shard.sizes) == shard.crc32c
+        if not is_header_same:
+            self._problem("header", str(path), "the header is not the one that was written (CRC32C differs)")
+        damaged = [t.name for t, crc in zip(shard.tensors, found, strict=True) if crc != t.crc32c]
+        for name in damaged:
+            self._problem("tensor", str(path), "its bytes are not those that were written (CRC32C differs)", name)
+        self._damaged.update(damaged)
+        return is_header_same and not damaged
 
     def open_output(self) -> Checkpoint | None:
         """Check header and index, and that they are of the files in the record."""
@@ -205,9 +217,7 @@ class _Verification:
         outputs = self._matching_outputs(checkpoint, plan)
         # The CUDA kernels have the bits of the CPU's, and the machine that verifies may have no GPU.
         measured_by = "cpu" if self._record.backend == "cuda" else self._record.backend
-        damaged = {shard.name for shard in self._shards if shard.state == "damaged"}
-        is_damaged = {tensor.name for tensor in outputs if self._shard_of(checkpoint, tensor.name) in damaged}
-        wanted = set(self._choose(outputs, is_damaged))
+        wanted = set(self._choose(outputs))
         chosen = _with_scopes(plan, wanted) if needs_whole_scopes(plan) else wanted
         subset = replace(plan, tensors=tuple(tensor for tensor in plan.tensors if tensor.name in chosen))
         try:
@@ -237,12 +247,6 @@ class _Verification:
             )
         if self._is_full:
             self._check_coefficients(subset, layers)
-        found = {problem.tensor for problem in self._problems if problem.kind == "tensor"}
-        for name in damaged - {self._shard_of(checkpoint, tensor) for tensor in found if tensor}:
-            if all(self._shard_of(checkpoint, t) != name or t in wanted for t in checkpoint.tensors):
-                self._problem(
-                    "header", str(self._path_of(name)), "every tensor is as it was written: the damage is in the header"
-                )
 
     def _matching_outputs(self, checkpoint: Checkpoint, plan: MergePlan) -> list[TensorPlan]:
         """Return the plan's tensors that the output has as planned; others are problems."""
@@ -263,12 +267,12 @@ class _Verification:
                 self._problem("tensor", str(source.path), "is not part of the merge", name)
         return matching
 
-    def _choose(self, tensors: Sequence[TensorPlan], is_damaged: set[str]) -> Iterator[str]:
-        """Yield the tensors to compare: all of them, or those of damaged files and a sample of the others."""
+    def _choose(self, tensors: Sequence[TensorPlan]) -> Iterator[str]:
+        """Yield the tensors to compare: all of them, or the damaged ones and a sample of the others."""
         numel = count = 0
         # In an order that looks random and is the same every time.
         for tensor in sorted(tensors, key=lambda tensor: hashlib.sha256(tensor.name.encode()).digest()):
-            if self._is_full or tensor.name in is_damaged:
+            if self._is_full or tensor.name in self._damaged:
                 yield tensor.name
             elif count < _SAMPLE_NUM_TENSORS and numel + tensor.numel <= _SAMPLE_NUMEL:
                 numel, count = numel + tensor.numel, count + 1
@@ -281,6 +285,8 @@ class _Verification:
         for each in differences:
             name, position = slots.places.tensor_at(each.file, each.address)
             by_tensor.setdefault(name, []).append((position, each))
+        # Which elements differ says more than that the checksum does.
+        self._problems = [problem for problem in self._problems if problem.tensor not in by_tensor]
         for name, found in by_tensor.items():
             position, first = min(found, key=lambda pair: pair[0])
             count, num_bits = sum(each.count for _, each in found), sum(each.num_bits for _, each in found)
@@ -316,10 +322,6 @@ class _Verification:
 
     def _path_of(self, shard: str) -> Path:
         return self._out if is_file_target(self._out) and not self._out.is_dir() else self._out / shard
-
-    def _shard_of(self, checkpoint: Checkpoint, tensor: str) -> str:
-        path = checkpoint.tensors[tensor].path if tensor in checkpoint.tensors else None
-        return next((shard.name for shard in self._record.shards if self._path_of(shard.name) == path), "")
 
 
 def _with_scopes(plan: MergePlan, wanted: set[str]) -> set[str]:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from .build_folder import BuildFolder, changed_parts, how_to_continue
+from .checksums import OutputChecksums
 from .errors import MetagptFastError, OutputError
 from .journal import Journal, Record
 from .output_shards import OutputShard, OutputTensor, index_file_name, index_json, plan_shards
@@ -28,7 +29,6 @@ from .output_target import (
 )
 from .recorder import Recorder
 from .shard_files import OutputSlot, ShardFiles
-from .shard_hashes import hash_open_files
 
 __all__ = [
     "CheckpointWriter",
@@ -81,6 +81,7 @@ class CheckpointWriter:
         self._resume = resume
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
+        self._checksums = OutputChecksums(self._shards)
         self.records: list[Record] = []
 
     def __enter__(self) -> CheckpointWriter:
@@ -125,29 +126,30 @@ class CheckpointWriter:
         """Return whether the tensor's bytes are in their file, by this run or by the one that it resumes."""
         return self._files.is_written(tensor_name)
 
+    def wrote(self, tensor_name: str, first_byte: int, nbytes: int, crc: int) -> None:
+        """Note the CRC32C of bytes that are now in the slot of ``tensor_name``, ``first_byte`` bytes from its start."""
+        self._checksums.add(tensor_name, first_byte, nbytes, crc)
+
     def record(self, facts: Record, written: Sequence[str] = ()) -> None:
         """Keep ``facts`` in the journal, soon and in the background, for a run that resumes this one.
 
         Args:
-            facts: for JSON; that run finds it in ``records``.
-            written: tensors whose bytes are now all in their slots. They are on the disk before the journal says so.
+            facts: for JSON; that run finds it in ``records``, with ``written``: the CRC32C by tensor name.
+            written: tensors whose bytes are now all in their slots, as ``wrote`` was told. They are on the disk before
+                the journal says so.
 
         Raises:
             OutputError: earlier records or tensors could not be written.
         """
+        crcs = self._checksums.complete(written)
         is_full = self._files.written(written)
         if self._recorder is not None:
             with os_errors(self._target, "cannot write the output"):
-                self._recorder.add({**facts, "written": list(written)}, written, is_urgent=is_full)
+                self._recorder.add({**facts, "written": crcs}, written, is_urgent=is_full)
 
-    def hashes(self, num_threads: int) -> list[str]:
-        """Return the hash of each file of the weights, in the order of the shards, once all tensors are written.
-
-        Raises:
-            OutputError: a file cannot be read back.
-        """
-        with os_errors(self._target, "cannot read back what was written"):
-            return hash_open_files(self._files.fds(), num_threads)
+    def output_record(self) -> dict[str, Any]:
+        """Return what ``metagpt_fast.json`` says under ``output``, once all tensors are written: sizes and CRC32C."""
+        return self._checksums.record()
 
     def add_file(self, name: str, content: bytes | Path) -> None:
         """Write an extra file into the output, or beside it as ``{stem}.{name}`` if the output is one file.
@@ -220,6 +222,8 @@ class CheckpointWriter:
                 self._journal.append({"job": self._job})
             self._recorder = Recorder(self._journal, self._files.begin, self._files.make_durable, self._files.recorded)
         self.records = [each for record in records[1:] for each in record.get("records", ())]
+        for record in self.records:
+            self._checksums.restore(record["written"])
         self._files.open({name for record in self.records for name in record["written"]})
         for folder in (self._build.files, self._build.path, self._target.parent):
             self._files.sync_path(folder)

@@ -299,7 +299,7 @@ class CpuCompute:
     def layer_merge(self, launch: Launch, num_nonfinite: int) -> None:
         table = read_table(launch)
         files = np.full(table.addresses.shape, -1, np.int32)
-        found = _native.layer_merge(
+        found, _ = _native.layer_merge(
             table.addresses, files, table.dtypes, table.numels, launch.has_base, table.coefficients,
             table.out_addresses, files[:, 0].copy(), table.out_dtypes,
         )  # fmt: skip

@@ -70,7 +70,7 @@ def merge(
     layer: BufferLayer, coefficients: FloatArray, out: Sequence[HasAddress], has_base: bool = True
 ) -> NDArray[np.int64]:
     """Write the merged tensors into ``out`` and return how many elements of each are not finite."""
-    return _native.layer_merge(
+    counts, _ = _native.layer_merge(
         *_tables(layer),
         has_base,
         coefficients,
@@ -78,6 +78,7 @@ def merge(
         np.array([buffer.descriptor for buffer in out], dtype=np.int32),
         np.array([buffer.dtype.code for buffer in out], dtype=np.uint8),
     )
+    return counts
 
 
 def count_nonfinite(layer: BufferLayer, has_base: bool = True) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -107,7 +108,7 @@ def column_merge(
     """Write the merged tensors into ``out`` and return how many elements of each are not finite."""
     places = output_table([(buffer.address, buffer.descriptor, dtype_code(buffer)) for buffer in out])
     table = layer_table_of(layer, has_base)
-    return CpuBackend().column_merge(table, np.array(columns, dtype=np.int64), coefficients, places)
+    return CpuBackend().column_merge(table, np.array(columns, dtype=np.int64), coefficients, places).num_nonfinite
 
 
 def dtype_code(buffer: HasAddress) -> int:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from metagpt_fast._native import crc32c
 from metagpt_fast.build_folder import BuildFolder, build_path, changed_parts
 from metagpt_fast.errors import OutputError
 from metagpt_fast.writer import CheckpointWriter, plan_shards
@@ -119,6 +120,7 @@ def test_a_job_is_resumed_only_by_itself(tmp_path):
             for name in left:
                 slot = w.slot(name)
                 os.pwrite(slot.fd, small()[name].tobytes(), slot.data_offset)
+                w.wrote(name, 0, small()[name].nbytes, crc32c(small()[name].tobytes()))
                 w.record({"fact": name}, [name])
                 if stop:
                     raise KeyboardInterrupt
@@ -147,8 +149,9 @@ def test_a_file_that_is_not_as_it_was_left_is_made_again(tmp_path, damage):
 
     def interrupted():
         with CheckpointWriter(tmp_path / "out", shards, job={}, resume=True) as writer:
-            writer.record({}, ["a"])
-            writer.record({}, ["b"])
+            for name, array in small().items():
+                writer.wrote(name, 0, array.nbytes, 0)
+                writer.record({}, [name])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ QUICK_BUILD = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-Og")
 # What ThreadSanitizer can find something in. It cannot follow a fork of a process with threads.
 THREADED = ("thread_pool", "threads_around_kernels", "layer_nonfinite", "file_operands", "mapped_files")
 # qemu-user cannot start threads in a forked child.
-EMULATED = ("golden_bits", "float_bits", "layer_arguments", "thread_pool")
+EMULATED = ("crc32c", "golden_bits", "float_bits", "layer_arguments", "thread_pool")
 
 
 def skip_without_runtime(sanitizers, folder):

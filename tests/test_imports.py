@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan", "plan_checks", "recipe", "measurement", "trust", "family", "input_files", "ops"),
     ("array_views",),
     ("recipe_methods", "recipe_tensors", "recipe_parameters", "recipe_file"),
-    ("writer", "recorder", "shard_files", "build_folder", "output_target", "output_shards", "shard_hashes"),
+    ("writer", "recorder", "shard_files", "build_folder", "output_target", "output_shards", "checksums"),
     ("info", "operations", "devices"),
     ("checkpoint", "backends", "methods"),
     ("reference_threshold", "reference_moments", "reference_elect"),

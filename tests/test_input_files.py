@@ -19,6 +19,7 @@ from metagpt_fast.errors import CheckpointError, RecipeError
 from metagpt_fast.input_files import InputFiles, copy_range
 
 from .checkpoints import random_states, write_state
+from .checksum_oracle import slow_crc32c
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_reads_and_copies_tensors(checkpoint, tmp_path, io):
             assert files.read(source, 2, 5) == raw[2:7]
             files.prefetch([(source.path, source.data_offset, source.nbytes)])
             files.release([(source.path, source.data_offset, source.nbytes)])
-            files.copy(source, copy.fileno(), 11)
+            assert files.copy(source, copy.fileno(), 11) == slow_crc32c(raw)
             assert os.pread(copy.fileno(), source.nbytes, 11) == raw
             address, descriptor, code = files.place(source, 4)
             assert code == BF16.code

@@ -99,11 +99,13 @@ def test_rows_of_a_tensor(weights_of_rows, open_file, num_threads, in_files, gap
     grams = np.zeros((NUM_ROWS, 3, 3))
     with kernels(num_threads=num_threads):
         _native.layer_gram(*table, True, grams)
-        counts = _native.layer_merge(*table, True, coefficients[order], *out)
+        counts, crcs = _native.layer_merge(*table, True, coefficients[order], *out)
     np.testing.assert_array_equal(grams, want_grams[order])
     assert not counts.any()
     got = np.frombuffer(os.pread(out_file, blank.size + 1, 0), np.uint8) if in_files else blank
     np.testing.assert_array_equal(got, expected)
+    rows = [result.tobytes() if in_files else b"" for result in want_outputs]
+    assert crcs.tolist() == [_native.crc32c(rows[row]) for row in order]
 
 
 def test_files_and_dtypes_that_change_from_row_to_row(weights_of_rows, open_file):

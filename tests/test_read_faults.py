@@ -110,7 +110,7 @@ def test_measuring_and_verifying_survive_a_truncated_file(family, tmp_path):
 
     class Late(Interference):
         def start(self, phase, total_nbytes):
-            self.num_done = 1 if phase == "hash" else 0
+            self.num_done = 1 if phase == "checksum" else 0
 
     with pytest.raises(mf.CheckpointError, match="truncated while it was read"):
         mf.verify(tmp_path / "out", full=True, progress=Late(lambda: os.truncate(weights, 1 << 16)))

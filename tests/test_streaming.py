@@ -10,7 +10,7 @@ import pytest
 
 import metagpt_fast as mf
 from metagpt_fast import devices
-from metagpt_fast._native import FileOperandError, place_of
+from metagpt_fast._native import FileOperandError, crc32c, place_of
 from metagpt_fast.backends import slices, streaming
 from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.backends.slices import Limits, cut_into_slices, reads_of
@@ -62,9 +62,10 @@ def run(backend, layer, coefficients):
     gram = np.full((len(layer), 3, 3), 0.25)
     backend.layer_gram(table, gram)
     out = [Buffer((BF16, F32)[k % 2], tensor[0].numel, k % 3) for k, tensor in enumerate(layer)]
-    counts = backend.layer_merge(table, coefficients, out_table(out))
+    written = backend.layer_merge(table, coefficients, out_table(out))
+    assert not written.crcs.any()
     assert all(buffer.guards_intact() for buffer in out)
-    return gram.tobytes(), [buffer.raw.tobytes() for buffer in out], counts.tolist()
+    return gram.tobytes(), [buffer.raw.tobytes() for buffer in out], written.num_nonfinite.tolist()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -158,9 +159,10 @@ def test_files(layer, coefficients, expected, tmp_path):
         FileBuffer(tmp_path / f"out{k}", Buffer((BF16, F32)[k % 2], tensor[0].numel), 9)
         for k, tensor in enumerate(layer)
     ]
-    counts = backend.layer_merge(table, coefficients, out_table(outs))
+    written = backend.layer_merge(table, coefficients, out_table(outs))
     assert [out.raw.tobytes() for out in outs] == expected[1]
-    assert counts.tolist() == expected[2]
+    assert written.num_nonfinite.tolist() == expected[2]
+    assert written.crcs.tolist() == [crc32c(out.raw) for out in outs]
     assert all(out.guards_intact() for out in outs)
     for buffer in (*outs, *(each for tensor in in_files for each in tensor)):
         buffer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import metagpt_fast as mf
+from metagpt_fast._native import crc32c
 from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 from metagpt_fast.safetensors_file import read_header
@@ -62,13 +62,16 @@ def problems_of(report, kind):
     return [problem for problem in report.problems if problem.kind == kind]
 
 
-def rehash(out):
+def forge(out):
     """Make the record agree with the files, as who tampers with both would."""
 
     def edit(content):
         for shard in content["output"]["shards"]:
             raw = (out / shard["name"]).read_bytes()
-            shard.update(nbytes=len(raw), blake2b=hashlib.blake2b(raw, digest_size=32).hexdigest())
+            offsets = {source.name: source.data_offset for source in read_header(out / shard["name"]).tensors}
+            for each in shard["tensors"]:
+                each["crc32c"] = f"{crc32c(raw[offsets[each['name']] :][: each['nbytes']]):08x}"
+            shard.update(nbytes=len(raw), crc32c=f"{crc32c(raw):08x}")
 
     edit_json(out / "metagpt_fast.json", edit)
 
@@ -204,10 +207,10 @@ def test_any_flipped_bit_is_found_and_named(out):
         bit = int(rng.integers(8))
         flip(source.path, offset, bit)
         report = mf.verify(out)
-        (shard,) = problems_of(report, "shard")
-        assert source.path.name in shard.where
-        (found,) = problems_of(report, "tensor")
-        assert found.tensor == source.name
+        (found,) = report.problems
+        assert (found.kind, found.tensor) == ("tensor", source.name)
+        assert source.path.name in found.where
+        assert [each.name for each in report.shards if each.state == "damaged"] == [source.path.name]
         assert "one flipped bit" in found.what
         is_copied = source.name == "lm_head.weight"
         index = (offset - source.data_offset) // (1 if is_copied else source.dtype.itemsize)
@@ -222,16 +225,17 @@ def test_any_flipped_bit_of_a_header_is_found(out):
     for offset in [0, 3, *range(8, 200, 7), 4000]:
         flip(path, offset, 1)
         report = mf.verify(out)
-        assert any(path.name in problem.where for problem in problems_of(report, "shard")), offset
-        assert any(problem.kind in {"header", "tensor"} for problem in report.problems), offset
+        assert problems_of(report, "header")[0].where == str(path), offset
+        assert "the header is not the one that was written" in problems_of(report, "header")[0].what, offset
+        assert [each.name for each in report.shards if each.state == "damaged"] == [path.name]
         flip(path, offset, 1)
 
 
-def test_damage_with_a_hash_that_fits(out):
+def test_damage_with_checksums_that_fit(out):
     path = sorted(out.glob("*.safetensors"))[0]
     source = max(read_header(path).tensors, key=lambda each: each.nbytes)
     flip(path, source.data_offset + 10)
-    rehash(out)
+    forge(out)
     report = mf.verify(out, full=True)
     assert [(each.kind, each.tensor) for each in report.problems] == [("tensor", source.name)]
 
@@ -252,6 +256,7 @@ def test_files_that_are_missing_or_short_or_more(out):
     shards[0].write_bytes(content[:-1])
     report = mf.verify(out)
     assert [each.state for each in report.shards][:2] == ["damaged", "same"]
+    assert report.nbytes_checked == sum(path.stat().st_size for path in shards[1:])
     assert "and 1" in problems_of(report, "shard")[0].what or str(len(content)) in problems_of(report, "shard")[0].what
     assert problems_of(report, "header")
     shards[0].unlink()
@@ -308,7 +313,7 @@ def test_a_merge_that_a_gpu_has_made(family, tmp_path, method):
 
 
 def test_a_merge_that_another_tool_had_planned(out, tmp_path):
-    """What the tool wanted is not in the record: hashes, headers and inputs are compared, nothing is recomputed."""
+    """What the tool wanted is not in the record: checksums, headers and inputs are compared, nothing is recomputed."""
     edit_json(out / "metagpt_fast.json", lambda content: content.update(tool={"name": "other"}, method="other"))
     report = mf.verify(out, inputs=True)
     assert report.ok, report.problems
@@ -317,27 +322,59 @@ def test_a_merge_that_another_tool_had_planned(out, tmp_path):
     assert [each.kind for each in mf.verify(out, full=True).problems] == ["record"]
     source = read_header(sorted(out.glob("*.safetensors"))[0]).tensors[0]
     flip(source.path, source.data_offset)
-    assert [each.kind for each in mf.verify(out).problems] == ["shard"]
+    (problem,) = mf.verify(out).problems
+    assert (problem.kind, problem.tensor) == ("tensor", source.name)
+    assert "CRC32C differs" in problem.what
 
 
-def test_records_without_hashes(out):
+def test_damage_of_several_tensors_and_of_the_header(out, monkeypatch):
+    """Each is named, with and without the inputs; and files are read in windows that end anywhere."""
+    monkeypatch.setattr("metagpt_fast.checksums._WINDOW_NBYTES", 1000)
+    path = max(out.glob("*.safetensors"), key=lambda each: len(read_header(each).tensors))
+    first, *_, last = sources = [each for each in read_header(path).tensors if each.nbytes]
+    assert len(sources) > 1
+    in_metadata = path.read_bytes().index(b'"pt"') + 1  # read as a header all the same
+    for offset in (in_metadata, first.data_offset, last.data_offset + last.nbytes - 1):
+        flip(path, offset)
+    for inputs in (True, False):
+        report = mf.verify(out)
+        assert {(each.kind, each.tensor) for each in report.problems} == {
+            ("header", None), ("tensor", first.name), ("tensor", last.name)
+        }  # fmt: skip
+        is_recomputed = ["one flipped bit" in each.what for each in problems_of(report, "tensor")]
+        assert is_recomputed == [inputs] * 2
+        edit_json(out / "metagpt_fast.json", lambda content: content.update(base="/nowhere"))
+
+
+def test_records_without_checksums(out):
     edit_json(out / "metagpt_fast.json", lambda content: content.pop("output"))
     report = mf.verify(out)
     assert report.ok
-    assert "holds no hashes" in report.notes[0]
-    assert {each.state for each in report.shards} == {"no hash"}
+    assert "holds no checksums" in report.notes[0]
+    assert {each.state for each in report.shards} == {"no checksum"}
     source = read_header(sorted(out.glob("*.safetensors"))[0]).tensors[0]
     flip(source.path, source.data_offset)
     assert problems_of(mf.verify(out), "tensor")[0].tensor == source.name
+
+
+def recorded(**changes):
+    return {"name": "a", "nbytes": 1, "crc32c": "00000000", "tensors": [], **changes}
 
 
 BROKEN_RECORDS = {
     "not JSON": "{",
     "a list": "[]",
     "empty": "{}",
-    "a shard outside": {"output": {"shards": [{"name": "../model.safetensors", "nbytes": 1, "blake2b": ""}]}},
-    "a shard twice": {"output": {"shards": [{"name": "a", "nbytes": 1, "blake2b": ""}] * 2}},
-    "a negative size": {"output": {"shards": [{"name": "a", "nbytes": -1, "blake2b": ""}]}},
+    "a shard outside": {"output": {"shards": [recorded(name="../model.safetensors")]}},
+    "a shard twice": {"output": {"shards": [recorded()] * 2}},
+    "a negative size": {"output": {"shards": [recorded(nbytes=-1)]}},
+    "a size beyond int64": {"output": {"shards": [recorded(nbytes=1 << 63)]}},
+    "a checksum of seven digits": {"output": {"shards": [recorded(crc32c="0000000")]}},
+    "a checksum that is a number": {"output": {"shards": [recorded(crc32c=0)]}},
+    "tensors larger than their file": {
+        "output": {"shards": [recorded(tensors=[{"name": "t", "nbytes": 2, "crc32c": "00000000"}])]}
+    },
+    "a tensor without a checksum": {"output": {"shards": [recorded(tensors=[{"name": "t", "nbytes": 1}])]}},
     "no shards": {"output": {"shards": []}},
     "shards are texts": {"output": {"shards": "model.safetensors"}},
     "scopes": {"scopes": []},
@@ -397,12 +434,12 @@ def test_the_command(out, tmp_path):
     assert result.exit_code == 1
     assert "one flipped bit" in result.stdout
     assert source.name in result.stdout
-    assert "hash: " in result.stderr
+    assert "checksum: " in result.stderr
     result = CliRunner().invoke(cli, ["verify", str(out), "--json", "--quiet"])
     assert result.exit_code == 1
     content = json.loads(result.stdout)
     assert not content["ok"]
-    assert content["problems"][1]["tensor"] == source.name
+    assert content["problems"][0]["tensor"] == source.name
     result = CliRunner().invoke(cli, ["verify", str(tmp_path)])
     assert result.exit_code == 1
     assert "there is no record of a merge" in result.stderr

@@ -15,11 +15,13 @@
 #include "../cpu/layer_merge.h"
 #include "../cpu/layer_nonfinite.h"
 #include "../cpu/spans.h"
+#include "checksums.h"
 #include "dlpack.h"
 #include "gil_release.h"
 #include "rows.h"
 #include "sparse.h"
 #include "tables.h"
+#include "written.h"
 
 using namespace metagpt_fast;
 
@@ -35,24 +37,18 @@ void layer_gram(const Table<std::uint64_t>& addresses, const Table<std::int32_t>
   cpu::layer_gram(layer, sums);
 }
 
-py::array_t<std::int64_t> layer_merge(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
-                                      const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels,
-                                      bool has_base, const Table<double>& coefficients,
-                                      const Table<std::uint64_t>& out_addresses, const Table<std::int32_t>& out_files,
-                                      const Table<std::uint8_t>& out_dtypes) {
+py::tuple layer_merge(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
+                      const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels, bool has_base,
+                      const Table<double>& coefficients, const Table<std::uint64_t>& out_addresses,
+                      const Table<std::int32_t>& out_files, const Table<std::uint8_t>& out_dtypes) {
   const Layer layer = make_layer(addresses, files, dtypes, numels, has_base);
   check_shape("coefficients", coefficients, {addresses.shape(0), static_cast<py::ssize_t>(layer.num_models())});
-  check_shape("out_addresses", out_addresses, {addresses.shape(0)});
-  check_shape("out_files", out_files, {addresses.shape(0)});
-  check_shape("out_dtypes", out_dtypes, {addresses.shape(0)});
-  py::array_t<std::int64_t> num_nonfinite(addresses.shape(0));
-  const LayerOutput out{out_addresses.data(), out_files.data(), out_dtypes.data()};
-  std::int64_t* counts = num_nonfinite.mutable_data();
+  Written written(layer, out_addresses, out_files, out_dtypes);
   {
     const GilRelease release;
-    cpu::layer_merge(layer, coefficients.data(), out, counts);
+    cpu::layer_merge(layer, coefficients.data(), written.out, written.num_nonfinite);
   }
-  return num_nonfinite;
+  return written.arrays();
 }
 
 py::tuple layer_nonfinite(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
@@ -146,5 +142,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   bind_sparse(m);
+  define_checksums(m);
   m.attr("SPAN_NUMEL") = cpu::kSpanNumel;
 }

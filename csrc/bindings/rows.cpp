@@ -4,6 +4,7 @@
 #include "../cpu/per_column.h"
 #include "gil_release.h"
 #include "tables.h"
+#include "written.h"
 
 namespace metagpt_fast {
 namespace {
@@ -28,26 +29,20 @@ void column_gram(const Table<std::uint64_t>& addresses, const Table<std::int32_t
   cpu::column_gram(layer, columns.data(), grams.data());
 }
 
-py::array_t<std::int64_t> column_merge(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
-                                       const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels,
-                                       bool has_base, const Table<std::int64_t>& columns,
-                                       const Table<std::uint64_t>& coefficients,
-                                       const Table<std::uint64_t>& out_addresses, const Table<std::int32_t>& out_files,
-                                       const Table<std::uint8_t>& out_dtypes) {
+py::tuple column_merge(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
+                       const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels, bool has_base,
+                       const Table<std::int64_t>& columns, const Table<std::uint64_t>& coefficients,
+                       const Table<std::uint64_t>& out_addresses, const Table<std::int32_t>& out_files,
+                       const Table<std::uint8_t>& out_dtypes) {
   const Layer layer = make_layer(addresses, files, dtypes, numels, has_base);
   check_shape("columns", columns, {addresses.shape(0)});
   check_shape("coefficients", coefficients, {addresses.shape(0)});
-  check_shape("out_addresses", out_addresses, {addresses.shape(0)});
-  check_shape("out_files", out_files, {addresses.shape(0)});
-  check_shape("out_dtypes", out_dtypes, {addresses.shape(0)});
-  py::array_t<std::int64_t> num_nonfinite(addresses.shape(0));
-  const LayerOutput out{out_addresses.data(), out_files.data(), out_dtypes.data()};
-  std::int64_t* counts = num_nonfinite.mutable_data();
+  Written written(layer, out_addresses, out_files, out_dtypes);
   {
     const GilRelease release;
-    cpu::column_merge(layer, columns.data(), coefficients.data(), out, counts);
+    cpu::column_merge(layer, columns.data(), coefficients.data(), written.out, written.num_nonfinite);
   }
-  return num_nonfinite;
+  return written.arrays();
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "../cpu/sparse_spans.h"
 #include "gil_release.h"
 #include "tables.h"
+#include "written.h"
 
 namespace metagpt_fast {
 namespace {
@@ -114,23 +115,21 @@ py::array_t<double> layer_moments(const Table<std::uint64_t>& addresses, const T
   return moments;
 }
 
-py::array_t<std::int64_t> layer_elect(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
-                                      const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels,
-                                      const py::tuple& masks, const py::tuple& election, const py::tuple& out) {
+py::tuple layer_elect(const Table<std::uint64_t>& addresses, const Table<std::int32_t>& files,
+                      const Table<std::uint8_t>& dtypes, const Table<std::int64_t>& numels, const py::tuple& masks,
+                      const py::tuple& election, const py::tuple& out) {
   const Layer layer = make_layer(addresses, files, dtypes, numels, true);
   const MaskTable table = mask_table(layer, masks);
   const ElectionTable rules = election_table(layer, election);
   const Shape tensors{addresses.shape(0)};
-  const LayerOutput output{column<std::uint64_t>(out, 0, "out.addresses", tensors),
-                           column<std::int32_t>(out, 1, "out.files", tensors),
-                           column<std::uint8_t>(out, 2, "out.dtypes", tensors)};
-  py::array_t<std::int64_t> num_nonfinite(addresses.shape(0));
-  std::int64_t* counts = num_nonfinite.mutable_data();
+  Written written(
+      layer, {column<std::uint64_t>(out, 0, "out.addresses", tensors),
+              column<std::int32_t>(out, 1, "out.files", tensors), column<std::uint8_t>(out, 2, "out.dtypes", tensors)});
   {
     const GilRelease release;
-    cpu::layer_elect(layer, table, rules, output, counts);
+    cpu::layer_elect(layer, table, rules, written.out, written.num_nonfinite);
   }
-  return num_nonfinite;
+  return written.arrays();
 }
 
 }  // namespace

@@ -24,11 +24,12 @@ struct Layer {
   std::size_t num_models() const { return num_operands - (has_base ? 1 : 0); }
 };
 
-// Where layer_merge puts its K results.
+// Where a merging kernel puts its K results, and the checksums of those that go to files.
 struct LayerOutput {
   const std::uint64_t* addresses = nullptr;  // [K] address in memory, or byte offset in the file
   const std::int32_t* files = nullptr;       // [K] -1: memory; else an open file descriptor, written with pwrite
   const std::uint8_t* dtypes = nullptr;      // [K] DType
+  std::uint32_t* crcs = nullptr;             // [K] set to the CRC32C of the bytes, 0 for memory; null: not wanted
 };
 
 // A read or write of a file operand failed. `error_number` is 0 where the file ended early.

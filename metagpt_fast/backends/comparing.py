@@ -14,7 +14,7 @@ from .. import reference
 from .._native import operand_errors_of
 from ..dtypes import DType
 from .reference import ReferenceBackend, read_bytes
-from .tables import Backend, LayerElection, LayerTable, MaskTable, OutputTable
+from .tables import Backend, LayerElection, LayerTable, MaskTable, OutputTable, Written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,8 +115,8 @@ class ComparingBackend(ReferenceBackend):
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         return self._measuring.layer_moments(layer, masks)
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
-        """Compare the merged tensors; returns no counts of what is not finite."""
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
+        """Compare the merged tensors; returns zeros."""
         merge = super().layer_merge
         return self._compared(layer, out, lambda k: merge(layer.take([k]), coefficients[k : k + 1], out.take([k])))
 
@@ -126,17 +126,15 @@ class ComparingBackend(ReferenceBackend):
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NDArray[np.int64]:
-        """Compare the merged tensors; returns no counts of what is not finite."""
+    ) -> Written:
+        """Compare the merged tensors; returns zeros."""
         merge = super().column_merge
         return self._compared(
             layer, out, lambda k: merge(layer.take([k]), columns[k : k + 1], [coefficients[k]], out.take([k]))
         )
 
-    def layer_elect(
-        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
-    ) -> NDArray[np.int64]:
-        """Compare the merged tensors; returns no counts of what is not finite."""
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
+        """Compare the merged tensors; returns zeros."""
         elect = super().layer_elect
         return self._compared(
             layer, out, lambda k: elect(layer.take([k]), _take(masks, k), _take(election, k), out.take([k]))
@@ -162,13 +160,12 @@ class ComparingBackend(ReferenceBackend):
                 Difference(file, first, int(differing.size), int(bits), stored_value, expected_value, itemsize)
             )
 
-    def _put(self, address: int, file: int, raw: reference.Raw, dtype: DType) -> int:
-        self.compare(file, address, raw, dtype)
-        return 0
+    def _put(self, written: Written, k: int, out: OutputTable, raw: reference.Raw, dtype: DType) -> None:
+        self.compare(int(out.files[k]), int(out.addresses[k]), raw, dtype)
 
-    def _compared(self, layer: LayerTable, out: OutputTable, compare: Callable[[int], object]) -> NDArray[np.int64]:
+    def _compared(self, layer: LayerTable, out: OutputTable, compare: Callable[[int], object]) -> Written:
         self._each(np.flatnonzero(out.files != SKIPPED).tolist(), compare)
-        return np.zeros(layer.num_tensors, np.int64)
+        return Written.zeros(layer.num_tensors)
 
     def _each(self, tensors: Sequence[int], call: Callable[[int], object]) -> None:
         def call_one(k: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _native
-from .tables import addresses_of, rows_of
+from .tables import Written, addresses_of, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,18 +26,20 @@ class CpuBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         _native.layer_gram(layer.addresses, layer.files, layer.dtypes, layer.numels, layer.has_base, gram)
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        return _native.layer_merge(
-            layer.addresses,
-            layer.files,
-            layer.dtypes,
-            layer.numels,
-            layer.has_base,
-            coefficients,
-            out.addresses,
-            out.files,
-            out.dtypes,
+        return Written(
+            *_native.layer_merge(
+                layer.addresses,
+                layer.files,
+                layer.dtypes,
+                layer.numels,
+                layer.has_base,
+                coefficients,
+                out.addresses,
+                out.files,
+                out.dtypes,
+            )
         )
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -79,20 +81,22 @@ class CpuBackend:
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NDArray[np.int64]:
+    ) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         num_models = layer.num_operands - layer.has_base
-        return _native.column_merge(
-            layer.addresses,
-            layer.files,
-            layer.dtypes,
-            layer.numels,
-            layer.has_base,
-            columns,
-            addresses_of(coefficients, [(int(c), num_models) for c in columns]),
-            out.addresses,
-            out.files,
-            out.dtypes,
+        return Written(
+            *_native.column_merge(
+                layer.addresses,
+                layer.files,
+                layer.dtypes,
+                layer.numels,
+                layer.has_base,
+                columns,
+                addresses_of(coefficients, [(int(c), num_models) for c in columns]),
+                out.addresses,
+                out.files,
+                out.dtypes,
+            )
         )
 
     def layer_threshold(
@@ -116,11 +120,9 @@ class CpuBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         return _native.layer_moments(*_tensors(layer), _fields(masks))
 
-    def layer_elect(
-        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
-    ) -> NDArray[np.int64]:
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        return _native.layer_elect(*_tensors(layer), _fields(masks), _fields(election), _fields(out))
+        return Written(*_native.layer_elect(*_tensors(layer), _fields(masks), _fields(election), _fields(out)))
 
 
 def _tensors(layer: LayerTable) -> _native.Tensors:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .. import reference, reference_elect, reference_masks, reference_moments, reference_rows, reference_threshold
-from .._native import file_operand_error
+from .._native import crc32c, file_operand_error
 from ..dtypes import DTYPES, DType
-from .tables import MEMORY, rows_of
+from .tables import MEMORY, Written, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,15 +33,15 @@ class ReferenceBackend:
         for k in range(layer.num_tensors):
             gram[k] += reference.layer_gram([_operands(layer, k)], layer.has_base)[0]
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        written = Written.zeros(layer.num_tensors)
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]
             (raw,) = reference.layer_merge([_operands(layer, k)], coefficients[k : k + 1], [dtype], layer.has_base)
             with _operand_errors(k, -1):
-                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
-        return num_nonfinite
+                self._put(written, k, out, raw, dtype)
+        return written
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
@@ -79,18 +79,18 @@ class ReferenceBackend:
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NDArray[np.int64]:
+    ) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         rows_of(layer, columns)
-        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        written = Written.zeros(layer.num_tensors)
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]
             (raw,) = reference_rows.column_merge(
                 [_operands(layer, k)], [int(columns[k])], [coefficients[k]], [dtype], layer.has_base
             )
             with _operand_errors(k, -1):
-                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
-        return num_nonfinite
+                self._put(written, k, out, raw, dtype)
+        return written
 
     def layer_threshold(
         self,
@@ -126,11 +126,9 @@ class ReferenceBackend:
             moments[k] = reference_moments.moments(_operands(layer, k), _mask_rules(masks, k), rule)
         return moments
 
-    def layer_elect(
-        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
-    ) -> NDArray[np.int64]:
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        num_nonfinite = np.zeros(layer.num_tensors, np.int64)
+        written = Written.zeros(layer.num_tensors)
         for k in range(layer.num_tensors):
             dtype = _BY_CODE[int(out.dtypes[k])]
             rule = _key_rule(layer, k, masks.columns, masks.row_factors, masks.key_kind)
@@ -146,13 +144,15 @@ class ReferenceBackend:
             )
             raw = reference_elect.elect(_operands(layer, k), _mask_rules(masks, k), rule, row, dtype)
             with _operand_errors(k, -1):
-                num_nonfinite[k] = self._put(int(out.addresses[k]), int(out.files[k]), raw, dtype)
-        return num_nonfinite
+                self._put(written, k, out, raw, dtype)
+        return written
 
-    def _put(self, address: int, file: int, raw: reference.Raw, dtype: DType) -> int:
-        """Write one result to its place; returns how many of its elements are NaN or Inf."""
-        _write(address, file, raw)
-        return reference.count_nonfinite(raw, dtype)[0]
+    def _put(self, written: Written, k: int, out: OutputTable, raw: reference.Raw, dtype: DType) -> None:
+        """Write one result to its place, and note what it is."""
+        _write(int(out.addresses[k]), int(out.files[k]), raw)
+        written.num_nonfinite[k] = reference.count_nonfinite(raw, dtype)[0]
+        if out.files[k] != MEMORY:
+            written.crcs[k] = crc32c(np.ascontiguousarray(raw))
 
 
 def _operands(layer: LayerTable, k: int) -> list[tuple[NDArray[np.uint8], DType]]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from .. import _native
 from ..errors import BackendError
 from ..quantities import format_nbytes
 from .launch_tables import BLOCK_NUMEL, SPAN_NUMEL, table_nbytes
-from .tables import ITEMSIZES, LayerTable, OutputTable
+from .tables import ITEMSIZES, MEMORY, LayerTable, OutputTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -144,6 +145,38 @@ def writes_of(part: Slice, out: OutputTable) -> list[Transfer]:
     itemsizes = ITEMSIZES[out.dtypes[part.tensors]].astype(np.int64)
     addresses = out.addresses[part.tensors] + (part.firsts * itemsizes).astype(np.uint64)
     return _joined(part, part.out_offsets, addresses, out.files[part.tensors], part.numels * itemsizes, -1)
+
+
+class SliceChecksums:
+    """The CRC32C of what slices write to files, added up by tensor. Threads may add slices, in any order."""
+
+    def __init__(self, out: OutputTable) -> None:
+        self._out = out
+        self._slices: list[tuple[Slice, NDArray[np.uint32]]] = []
+
+    def add(self, part: Slice, address: int) -> None:
+        """Take the results of a slice from the memory at ``address``."""
+        crcs = np.zeros(len(part.tensors), np.uint32)
+        in_file = self._out.files[part.tensors] != MEMORY
+        if in_file.any():
+            addresses = (address + part.out_offsets[in_file]).astype(np.uint64)
+            crcs[in_file] = _native.crc32c_of_memory(addresses, self._nbytes(part)[in_file])
+        self._slices.append((part, crcs))
+
+    def joined(self) -> NDArray[np.uint32]:
+        """Return the CRC32C of every tensor, uint32 ``[K]``, when all slices are there; 0 for results in memory."""
+        num_tensors = len(self._out.files)
+        if not self._slices:
+            return np.zeros(num_tensors, np.uint32)
+        tensors = np.concatenate([part.tensors for part, _ in self._slices])
+        firsts = np.concatenate([part.firsts for part, _ in self._slices])
+        nbytes = np.concatenate([self._nbytes(part) for part, _ in self._slices])
+        crcs = np.concatenate([each for _, each in self._slices])
+        order = np.lexsort((firsts, tensors))
+        return _native.crc32c_join(crcs[order], nbytes[order], tensors[order], num_tensors)
+
+    def _nbytes(self, part: Slice) -> NDArray[np.int64]:
+        return part.numels * ITEMSIZES[self._out.dtypes[part.tensors]].astype(np.int64)
 
 
 def _joined(

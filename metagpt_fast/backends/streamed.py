@@ -12,8 +12,9 @@ from .. import _native
 from ..errors import BackendError
 from .cpu import CpuBackend
 from .launch_tables import DeviceTable, Launch, pack
-from .slices import Slice, cut_into_slices, reads_of, writes_of
+from .slices import Slice, SliceChecksums, cut_into_slices, reads_of, writes_of
 from .streaming import Job, Pipeline
+from .tables import Written
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -65,20 +66,22 @@ class StreamedBackend:
         self._pipeline.run(slices, job)
         self._results.store(gram)
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         slices = list(cut_into_slices(layer, out, self._pipeline.limits(0)))
         num_nonfinite = np.zeros(layer.num_tensors, np.int64)
         address = self._results.load(num_nonfinite)
+        checksums = SliceChecksums(out)
         job = Job(
             lambda part, slot, output: _prepare(layer, coefficients, out, part, slot, output),
             lambda part: reads_of(part, layer),
             lambda part: writes_of(part, out),
             lambda stream, launch: self._device.layer_merge(stream, launch, address),
+            checksums.add,
         )
         self._pipeline.run(slices, job)
         self._results.store(num_nonfinite)
-        return num_nonfinite
+        return Written(num_nonfinite, checksums.joined())
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`. On the CPU: it explains an error, once."""

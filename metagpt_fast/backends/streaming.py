@@ -68,12 +68,14 @@ class Job:
         reads: what is read into a slice's slot.
         writes: what is written from it; not asked where a slice has no results.
         launch: starts the kernels on a stream.
+        check: sums up a slice's results in the pinned memory at an address, in a thread that writes; or None.
     """
 
     prepare: Callable[[Slice, int, int], tuple[NDArray[np.uint8], Launch]]
     reads: Callable[[Slice], list[Transfer]]
     writes: Callable[[Slice], list[Transfer]]
     launch: Callable[[Stream, Launch], None]
+    check: Callable[[Slice, int], None] | None = None
 
 
 class Pipeline:
@@ -178,6 +180,8 @@ class Pipeline:
         output.transfers = [
             self._writers.submit(_write, output.pinned, chunk) for each in job.writes(part) for chunk in _chunks(each)
         ]
+        if job.check is not None:
+            output.transfers.append(self._writers.submit(job.check, part, output.pinned))
 
     def _abandon(self) -> None:
         """After an error: no thread and no copy may touch slots or files when this returns."""

@@ -68,6 +68,24 @@ class OutputTable:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What has become of K results."""
+
+    num_nonfinite: NDArray[np.int64]  # [K] elements that are NaN or Inf
+    crcs: NDArray[np.uint32]  # [K] CRC32C of the bytes that went to a file; 0 for results in memory
+
+    @classmethod
+    def zeros(cls, num_tensors: int) -> Written:
+        """Return one to be filled in."""
+        return cls(np.zeros(num_tensors, np.int64), np.zeros(num_tensors, np.uint32))
+
+    def put(self, tensors: Sequence[int], part: Written) -> None:
+        """Fill in some of the results."""
+        self.num_nonfinite[tensors] = part.num_nonfinite
+        self.crcs[tensors] = part.crcs
+
+
+@dataclass(frozen=True)
 class MaskTable:
     """Which elements of T task vectors are kept, for K tensors. The rules are in docs/numerics.md.
 
@@ -166,8 +184,8 @@ class Backend(Protocol):
     def layer_gram(self, layer: LayerTable, gram: NDArray[np.float64]) -> None:
         """Add the Gram matrices to ``gram``, float64 ``[K, V, V]``, in place."""
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
-        """Write the merged tensors; ``coefficients`` float64 ``[K, T]``. Return non-finite counts, int64 ``[K]``."""
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
+        """Write the merged tensors; ``coefficients`` float64 ``[K, T]``."""
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return per operand the number of NaN and Inf, and the index of the first (-1: none), int64 ``[K, V]``."""
@@ -206,11 +224,8 @@ class Backend(Protocol):
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NDArray[np.int64]:
+    ) -> Written:
         """Write the merged tensors with coefficients per column, K arrays float64 ``[C, T]``.
-
-        Returns:
-            Non-finite counts, int64 ``[K]``.
 
         Raises:
             ValueError: ``columns`` does not divide numel, or the coefficients have another shape.
@@ -237,10 +252,8 @@ class Backend(Protocol):
     def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
         """Return kept, Σ|δ|, Σ|δ|m, Σδ², Σ(δm)², and what only this model keeps: float64 ``[K, T, 6]``."""
 
-    def layer_elect(
-        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
-    ) -> NDArray[np.int64]:
-        """Write ``base + λ Σ scale δ m / Σ weight`` over the models that count. Return non-finite counts, ``[K]``."""
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
+        """Write ``base + λ Σ scale δ m / Σ weight`` over the models that count."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import triton_columns, triton_launches, triton_sparse
 from .device_memory import DeviceMemory
-from .tables import rows_of
+from .tables import Written, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,9 +69,9 @@ class TritonBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         gram += self.gram_on_device(layer).cpu().numpy()
 
-    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> NDArray[np.int64]:
+    def layer_merge(self, layer: LayerTable, coefficients: NDArray[np.float64], out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        return _to_host(self.merge_on_device(layer, coefficients, out))
+        return _written(self.merge_on_device(layer, coefficients, out))
 
     def layer_nonfinite(self, layer: LayerTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
@@ -101,7 +101,7 @@ class TritonBackend:
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NDArray[np.int64]:
+    ) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         rows_of(layer, columns)
         num_models = layer.num_operands - layer.has_base
@@ -110,7 +110,7 @@ class TritonBackend:
                 raise ValueError(f"coefficients: got {each.shape}, expected {(int(columns[k]), num_models)}")
         num_nonfinite = self._memory.zeros((layer.num_tensors,), "int64")
         triton_columns.merge(self._memory, layer, columns, coefficients, out, num_nonfinite)
-        return _to_host(num_nonfinite)
+        return _written(num_nonfinite)
 
     def layer_threshold(
         self,
@@ -135,13 +135,17 @@ class TritonBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         return triton_sparse.moments(self._memory, layer, masks)
 
-    def layer_elect(
-        self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable
-    ) -> NDArray[np.int64]:
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         num_nonfinite = self._memory.zeros((layer.num_tensors,), "int64")
         triton_sparse.elect(self._memory, layer, masks, election, out, num_nonfinite)
-        return _to_host(num_nonfinite)
+        return _written(num_nonfinite)
+
+
+def _written(num_nonfinite: Any) -> Written:
+    """Return what has become of results that are all in the device's memory."""
+    counts = _to_host(num_nonfinite)
+    return Written(counts, np.zeros(len(counts), np.uint32))
 
 
 def _to_host(tensor: Any) -> NDArray[np.int64]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .._native import operand_errors_of
-from ..backends.tables import ITEMSIZES, LayerTable, OutputTable
+from .._native import crc32c_join, operand_errors_of
+from ..backends.tables import ITEMSIZES, LayerTable, OutputTable, Written
 from .base import Row
 from .linear import LinearOperation
 
@@ -67,24 +67,24 @@ class AxisOperation(LinearOperation):
             self._lines[number] = lines
             self.coefficients[number, : row.num_models] = lines.mean(axis=0) if len(lines) else 0.0
 
-    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
+    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> Written:
         """Write every row or column with its own coefficients."""
-        counts = np.zeros(len(rows), np.int64)
+        written = Written.zeros(len(rows))
         for axis, members in self._by_axis(rows):
             chosen = [rows[k] for k in members]
             part, part_out = layer.take(members), out.take(members)
             with operand_errors_of(members):
                 if axis is None:
-                    counts[members] = super().combine(part, chosen, part_out)
+                    written.put(members, super().combine(part, chosen, part_out))
                 else:
-                    counts[members] = self._combine_lines(axis, part, chosen, part_out)
-        return counts
+                    written.put(members, self._combine_lines(axis, part, chosen, part_out))
+        return written
 
     def is_restorable(self, row: int) -> bool:
         """Return whether the row has one Gram matrix: those of all its rows or columns are too large to keep."""
         return self._rows[row].method.axis is None
 
-    def _combine_lines(self, axis: str, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
+    def _combine_lines(self, axis: str, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> Written:
         coefficients = [self._lines.pop(number) for number in rows]
         facts = [self._rows[number] for number in rows]
         if axis == "column":
@@ -92,12 +92,12 @@ class AxisOperation(LinearOperation):
             return self._backend.column_merge(layer, columns, coefficients, out)
         owners, _ = _split(facts)
         with operand_errors_of(owners):
-            written = self._backend.layer_merge(
-                _lines_of(layer, facts),
-                np.ascontiguousarray(np.concatenate(coefficients)),
-                _output_lines_of(out, facts),
-            )
-        return np.bincount(owners, written, len(rows)).astype(np.int64)
+            lines, lines_out = _lines_of(layer, facts), _output_lines_of(out, facts)
+            written = self._backend.layer_merge(lines, np.ascontiguousarray(np.concatenate(coefficients)), lines_out)
+        counts = np.bincount(owners, written.num_nonfinite, len(rows)).astype(np.int64)
+        # Of results in memory all CRCs are 0, and so is what they are joined to.
+        nbytes = lines.numels * ITEMSIZES[lines_out.dtypes].astype(np.int64)
+        return Written(counts, crc32c_join(written.crcs, nbytes, owners, len(rows)))
 
     def _by_axis(self, rows: Sequence[int]) -> list[tuple[str | None, list[int]]]:
         groups: dict[str | None, list[int]] = {}

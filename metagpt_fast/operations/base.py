@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..backends import Backend
-    from ..backends.tables import LayerTable, OutputTable
+    from ..backends.tables import LayerTable, OutputTable, Written
 
     FloatArray = NDArray[np.float64]
 
@@ -101,8 +101,8 @@ class Operation(ABC):
         """Solve one scope: its tensors, all measured."""
 
     @abstractmethod
-    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
-        """Write the merged tensors of a layer, or pieces of them. Return how many NaN and Inf were written, ``[K]``."""
+    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> Written:
+        """Write the merged tensors of a layer, or pieces of them."""
 
     @abstractmethod
     def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..backends import Backend
-    from ..backends.tables import LayerTable, OutputTable
+    from ..backends.tables import LayerTable, OutputTable, Written
 
     FloatArray = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ class LinearOperation(Operation):
                 solved[id(row.method)] = row.method.solve(total[:size, :size], row.has_base)
             self.coefficients[number, : row.num_models] = solved[id(row.method)]
 
-    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
+    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> Written:
         """Write base + Σ c τ."""
         num_models = layer.num_operands - layer.has_base
         return self._backend.layer_merge(layer, np.ascontiguousarray(self.coefficients[rows, :num_models]), out)

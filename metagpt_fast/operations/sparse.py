@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from .._native import operand_errors_of
-from ..backends.tables import LayerElection
+from ..backends.tables import LayerElection, Written
 from ..methods.sparse import Election, SparseMethod
 from .base import Operation, Row
 from .masks import KeyKind, Masks
@@ -66,17 +66,18 @@ class SparseOperation(Operation):
             self._elections[number] = election
             self.coefficients[number, :size] = election.weights * election.factor
 
-    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> NDArray[np.int64]:
+    def combine(self, layer: LayerTable, rows: Sequence[int], out: OutputTable) -> Written:
         """Write base + λ Σ w r m δ / Σ w."""
-        counts = np.zeros(len(rows), np.int64)
+        written = Written.zeros(len(rows))
         for key_kind, members in self._by_key_kind(rows, range(len(rows))):
             chosen = [rows[k] for k in members]
             masks = self._masks.table(chosen, layer.num_operands - 1, key_kind)
             elections = layer_election([self._elections.pop(number) for number in chosen])
             with operand_errors_of(members):
-                counts[members] = self._backend.layer_elect(layer.take(members), masks, elections, out.take(members))
+                part = self._backend.layer_elect(layer.take(members), masks, elections, out.take(members))
+            written.put(members, part)
         self._masks.forget(rows)
-        return counts
+        return written
 
     def state(self, rows: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Return thresholds and moments."""

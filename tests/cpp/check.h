@@ -92,6 +92,7 @@ void test_layer_nonfinite(Checks& checks);
 void test_layer_arguments(Checks& checks);
 void test_golden_bits(Checks& checks);
 void test_float_bits(Checks& checks);
+void test_crc32c(Checks& checks);
 void test_file_operands(Checks& checks);
 void test_changing_input(Checks& checks);
 void test_mapped_files(Checks& checks);

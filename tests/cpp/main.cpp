@@ -26,6 +26,7 @@ constexpr Test kTests[] = {
     {"layer_gram", test::test_layer_gram},
     {"layer_merge", test::test_layer_merge},
     {"layer_nonfinite", test::test_layer_nonfinite},
+    {"crc32c", test::test_crc32c},
     {"file_operands", test::test_file_operands},
     {"mapped_files", test::test_mapped_files},
     {"changing_input", test::test_changing_input},
