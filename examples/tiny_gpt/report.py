@@ -42,8 +42,8 @@ def _setup(results: dict[str, Any]) -> str:
         f"{shape['width']}), float32. Base {settings['base_steps']:,} steps, tasks {settings['task_steps']:,}, "
         f"{settings['long_task']} {settings['long_steps']:,} in the second family, {settings['batch']} × "
         f"{shape['context']} characters a step. Python {versions['python']}, torch {versions['torch']}; "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed with {results['machine']['threads']} threads, other work on "
-        "the machine. Losses are nats per character on held-out text, mean ± standard deviation over the seeds."
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed with {results['machine']['threads']} threads, other work "
+        "on the machine. Losses are nats per character on held-out text, mean ± standard deviation over the seeds."
     )
 
 
