@@ -95,13 +95,18 @@ def cosine_legend() -> Element:
 
 def cosine_matrix(labels: Sequence[Element], cosines: Sequence[Sequence[float]]) -> Element:
     """Return the cosines between T task vectors as a table, the lower triangle; columns are numbered."""
+    is_large = len(labels) > 8
     numbers = range(1, len(labels) + 1)
     head = element("tr", element("th"), element("th"), *(element("th", str(t), scope="col") for t in numbers))
     body = []
+    columns = range(len(labels))
     for t, label in enumerate(labels):
-        cells = [_cosine_cell(cosines[t][k], is_self=k == t) if k <= t else element("td") for k in range(len(labels))]
+        cells = [
+            _cosine_cell(cosines[t][k], k == t, 2 if is_large else 3) if k <= t else element("td") for k in columns
+        ]
         body.append(element("tr", element("td", str(t + 1), class_="index"), element("th", label, scope="row"), *cells))
-    return scrolling(element("table", element("thead", head), element("tbody", *body), class_="matrix"))
+    kind = "matrix many" if is_large else "matrix"
+    return scrolling(element("table", element("thead", head), element("tbody", *body), class_=kind))
 
 
 def column_name(column: Column) -> str:
@@ -114,8 +119,8 @@ def scrolling(content: Element) -> Element:
     return element("div", content, class_="scroll")
 
 
-def _cosine_cell(value: float, *, is_self: bool) -> Element:
-    return element("td", f"{value:.3f}", class_="self" if is_self else cosine_class(value))
+def _cosine_cell(value: float, is_self: bool, digits: int) -> Element:
+    return element("td", f"{value:.{digits}f}", class_="self" if is_self else cosine_class(value))
 
 
 def _rows(rows: Sequence[Row], columns: Sequence[Column], kind: str, marks: Callable[[Row], list[Element]]) -> Element:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..measurement import cosines_of
 from ..methods.metagpt import share_of_squares
 from ..model_card import equation, model_id, without_paths
 from ..quantities import format_count
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 _MAX_TENSORS = 40
 _MAX_UNCHANGED = 200
 _MAX_PAIRS = 12
-_MAX_REMARKS = 8
+_MAX_REMARKS = 5
 _MAX_TEXT_LENGTH = 1000
 _MAX_OPEN_MAPS = 3
 # A title for each cell of a page with more cells than this would make it several MB.
@@ -112,20 +111,29 @@ def _remarks(measurement: Measurement, numbers: PageNumbers) -> list[str]:
     for label, num_changed in zip(labels, numbers.num_changed, strict=True):
         if 0 < num_changed < num_tensors:
             remarks.append(f"{label} changed {num_changed:,} of {num_tensors:,} tensors; the others equal the base's.")
+    return _at_most(remarks) + _at_most(_remarks_on_cosines(measurement, numbers, labels))
+
+
+def _remarks_on_cosines(measurement: Measurement, numbers: PageNumbers, labels: Sequence[str]) -> list[str]:
     total = measurement.cosines
-    by_layer = np.array([cosines_of(gram) for gram in numbers.column_gram])
+    by_layer = np.nan_to_num(numbers.column_cosines)
+    found = []
     for i, j in _pairs(len(labels)) if len(by_layer) else []:
         worst = int(np.abs(by_layer[:, i, j]).argmax())
-        cosine = by_layer[worst, i, j]
+        cosine = float(by_layer[worst, i, j])
         if abs(cosine) > NOTABLE_COSINE >= abs(total[i, j]):
-            layer = column_name(numbers.columns[worst])
-            remarks.append(
-                f"{labels[i]} and {labels[j]} have a cosine of {cosine:.2f} in {layer}, though of {total[i, j]:.2f} "
-                "over the whole model."
+            text = (
+                f"{labels[i]} and {labels[j]} have a cosine of {cosine:.2f} in {column_name(numbers.columns[worst])}, "
+                f"though of {total[i, j]:.2f} over the whole model."
             )
-    if len(remarks) > _MAX_REMARKS:
-        remarks[_MAX_REMARKS:] = [f"{len(remarks) - _MAX_REMARKS:,} more of this kind."]
-    return remarks
+            found.append((-abs(cosine), text))
+    return [text for _, text in sorted(found)]
+
+
+def _at_most(remarks: list[str]) -> list[str]:
+    if len(remarks) <= _MAX_REMARKS:
+        return remarks
+    return [*remarks[:_MAX_REMARKS], f"{len(remarks) - _MAX_REMARKS:,} more of this kind."]
 
 
 def _models(measurement: Measurement, numbers: PageNumbers, report: MergeReport | None) -> Element:
@@ -143,7 +151,7 @@ def _models(measurement: Measurement, numbers: PageNumbers, report: MergeReport 
             element("td", str(t + 1), class_="index"),
             element("th", name_of(label), scope="row"),
             _number(f"{share:.4f}"),
-            element("td", element("span", fill, class_="share"), f" {share:.1%}", class_="bar"),
+            element("td", element("span", fill, class_="share"), f" {100 * share:.1f} %", class_="bar"),
             _number(f"{norms[t]:#.4g}"),
             _number(_percent(norms[t] / measurement.base_norm if measurement.base_norm else math.nan)),
             _number(f"{numbers.num_changed[t]:,} of {len(measurement.names):,}"),
@@ -162,7 +170,7 @@ def _models(measurement: Measurement, numbers: PageNumbers, report: MergeReport 
         which = "" if len(report.scopes) == 1 else f", the mean over {len(report.scopes):,} scopes"
         facts = f"This merge: {report.method}, granularity {report.granularity}; {equation(report)}{which}."
         text.append(element("p", facts))
-    return _section("Models", *text, _table(head, rows, num_left=2))
+    return _section("Models", *text, _table(head, rows, left=("", "model", "share")))
 
 
 def _cosines(measurement: Measurement) -> Element | None:
@@ -201,8 +209,10 @@ def _by_layer(measurement: Measurement, numbers: PageNumbers) -> list[Element | 
         sections.append(
             _section(
                 "Share of λ by layer",
-                element("p", "What each layer’s own norms would give (--granularity layer). The full height is λ = 1."),
-                bar_rows(share_rows, numbers.columns, 1.0, text=_lambda),
+                element(
+                    "p", f"What each layer’s own norms would give (--granularity layer): up to {shares.max():.2f}."
+                ),
+                bar_rows(share_rows, numbers.columns, float(shares.max()), text=_lambda),
             )
         )
         sections.append(_cosines_by_layer(measurement, numbers))
@@ -210,8 +220,9 @@ def _by_layer(measurement: Measurement, numbers: PageNumbers) -> list[Element | 
 
 
 def _cosines_by_layer(measurement: Measurement, numbers: PageNumbers) -> Element:
-    by_layer = np.array([cosines_of(gram) for gram in numbers.column_gram])
-    pairs = sorted(_pairs(len(measurement.labels)), key=lambda pair: -np.abs(by_layer[:, pair[0], pair[1]]).max())
+    by_layer = numbers.column_cosines
+    largest = np.abs(np.nan_to_num(by_layer)).max(axis=0)
+    pairs = sorted(_pairs(len(measurement.labels)), key=lambda pair: -largest[pair])
     titles = len(pairs) * len(numbers.columns) <= _MAX_TITLES
     rows = []
     for i, j in pairs:
@@ -266,7 +277,7 @@ def _outside(measurement: Measurement, numbers: PageNumbers) -> list[Element | N
     num_hidden = len(numbers.outside) - len(rows)
     more = element("p", f"The {num_hidden:,} smallest are left out.") if num_hidden else None
     text = "‖τ‖ / ‖θ₀‖ of embeddings, final norm, head, and whatever else has no layer’s number in its name."
-    table = _table(head, lines, num_left=1)
+    table = _table(head, lines, left=("tensor",))
     return [_section("Tensors outside of the layers", element("p", text), table, more)]
 
 
@@ -299,8 +310,8 @@ def _details(summary: Content, content: Element, *, is_open: bool) -> Element:
     return element("details", element("summary", summary), content, **opened)
 
 
-def _table(head: Sequence[str], rows: Sequence[Element], *, num_left: int) -> Element:
-    cells = [element("th", text, scope="col", class_="" if i < num_left else "number") for i, text in enumerate(head)]
+def _table(head: Sequence[str], rows: Sequence[Element], *, left: tuple[str, ...]) -> Element:
+    cells = [element("th", text, scope="col", class_="" if text in left else "number") for text in head]
     return scrolling(element("table", element("thead", element("tr", *cells)), element("tbody", *rows)))
 
 
@@ -326,7 +337,9 @@ def _pairs(num_models: int) -> list[tuple[int, int]]:
 
 
 def _range(values: FloatArray, text: Format) -> str:
-    low, high = text(float(values.min())), text(float(values.max()))
+    if np.isnan(values).all():
+        return "–"
+    low, high = text(float(np.nanmin(values))), text(float(np.nanmax(values)))
     return low if low == high else f"{low} to {high}"
 
 

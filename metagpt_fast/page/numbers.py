@@ -63,6 +63,16 @@ class PageNumbers:
         squares: FloatArray = np.nansum(self.cell_squares, axis=1)
         return squares
 
+    @property
+    def column_cosines(self) -> FloatArray:
+        """Return the cosines between task vectors by layer, float64 ``[C, T, T]``; NaN where one of them is zero."""
+        norms = np.sqrt(np.diagonal(self.column_gram, axis1=1, axis2=2)[:, 1:])
+        products = norms[:, :, None] * norms[:, None, :]
+        cosines = np.full_like(products, np.nan)
+        np.divide(self.column_gram[:, 1:, 1:], products, out=cosines, where=products > 0)
+        clipped: FloatArray = np.clip(cosines, -1.0, 1.0)
+        return clipped
+
 
 def page_numbers(measurement: Measurement) -> PageNumbers:
     """Return the sums that the page of a measurement shows."""
