@@ -24,7 +24,7 @@ def run(script, *arguments):
 def results(tmp_path_factory):
     """What a run of a few steps and merges gives."""
     path = tmp_path_factory.mktemp("tiny_gpt") / "results.json"
-    run("run.py", "--smoke", "--seeds", 1, "--threads", 1, "--out", path)
+    run("run.py", "--smoke", "--seeds", 1, "--jobs", 1, "--out", path)
     return path
 
 
@@ -61,6 +61,14 @@ def test_tables_of_a_run(results, tmp_path):
     assert text.startswith("before\n<!-- results -->\n1 seeds; ")
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "| MetaGPT, model, p = 2 |" in text
+
+
+def test_plot(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    picture = tmp_path / "results.svg"
+    run("report.py", "--results", results, "--readme", tmp_path / "README.md", "--plot", picture)
+    assert "</svg>" in picture.read_text()
 
 
 def test_the_tables_in_readme_are_those_of_the_committed_results(tmp_path):

@@ -1,4 +1,4 @@
-"""A GPT of 0.8 million parameters: the model, its training, its loss on a text, and its checkpoints."""
+"""A GPT of half a million parameters: the model, its training, its loss on a text, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch.nn import functional
 class Shape:
     """The sizes of the model."""
 
-    width: int = 128
+    width: int = 96
     num_layers: int = 4
     num_heads: int = 4
-    context: int = 128
+    context: int = 96
 
 
 class Block(nn.Module):

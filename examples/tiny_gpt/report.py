@@ -19,7 +19,8 @@ COLOURS = {
     "task arithmetic": "#2a6fbb",
     "TIES": "#3a8f5c",
     "DARE": "#8a63b3",
-    "average": "#444444",
+    "average": "#222222",
+    "no merge": "#8a8a8a",
 }
 TITLES = {"equal": "all tasks trained as long", "unequal": "{} trained {} times as long"}
 TASKS = ("code", "prose", "names")
@@ -42,8 +43,8 @@ def _setup(results: dict[str, Any]) -> str:
         f"{shape['width']}), float32. Base {settings['base_steps']:,} steps, tasks {settings['task_steps']:,}, "
         f"{settings['long_task']} {settings['long_steps']:,} in the second family, {settings['batch']} × "
         f"{shape['context']} characters a step. Python {versions['python']}, torch {versions['torch']}; "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed with {results['machine']['threads']} threads, other work "
-        "on the machine. Losses are nats per character on held-out text, mean ± standard deviation over the seeds."
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed on one core that other work shared. Losses are nats per "
+        "character on held-out text, mean ± standard deviation over the seeds."
     )
 
 
@@ -60,8 +61,8 @@ def _merges(results: dict[str, Any], family: str) -> str:
     rows = []
     for row in sorted_merges(results, family):
         losses = [f"{np.mean(row['losses'][task]):.3f}" for task in TASKS]
-        rows.append([row["name"], _spread(row["ald"]), _spread(row["behind"]), *losses])
-    return _table(["merge, best first", "average loss difference", "behind the best", *TASKS], rows)
+        rows.append([row["name"], _spread(row["ald"]), _spread(row["against"], signed=True), *losses])
+    return _table(["merge, best first", "average loss difference", "against average", *TASKS], rows)
 
 
 def _assumptions(results: dict[str, Any]) -> str:
@@ -91,16 +92,26 @@ def _assumptions(results: dict[str, Any]) -> str:
 
 
 def sorted_merges(results: dict[str, Any], family: str) -> list[dict[str, Any]]:
-    """Return each merge with lists over the seeds: ``ald``, ``behind`` the seed's best, ``losses`` by task."""
-    runs = [seed["families"][family]["merges"] for seed in results["seeds"]]
-    best = [min(row["ald"] for row in run) for run in runs]
+    """Return each merge and each model with lists over the seeds: ``ald``, ``against`` average, ``losses``."""
+    runs = [seed["families"][family]["merges"] + _unmerged(seed, family) for seed in results["seeds"]]
+    average = [next(row["ald"] for row in run if row["name"] == "average") for run in runs]
     rows = []
     for same in zip(*runs, strict=True):
         ald = [row["ald"] for row in same]
-        behind = [value - low for value, low in zip(ald, best, strict=True)]
+        against = [value - reference for value, reference in zip(ald, average, strict=True)]
         losses = {task: [row["losses"][task] for row in same] for task in TASKS}
-        rows.append({**same[0], "ald": ald, "behind": behind, "losses": losses})
+        rows.append({**same[0], "ald": ald, "against": against, "losses": losses})
     return sorted(rows, key=lambda row: float(np.mean(row["ald"])))
+
+
+def _unmerged(seed: dict[str, Any], family: str) -> list[dict[str, Any]]:
+    """Base and fine-tuned models in the place of a merge."""
+    models = seed["families"][family]["models"]
+    rows = []
+    for name, losses in [("base", seed["base"]), *((f"fine-tuned on {task}", models[task]) for task in TASKS)]:
+        ald = float(np.mean([losses[task] - models[task][task] for task in TASKS]))
+        rows.append({"family": "no merge", "name": f"no merge: {name}", "losses": losses, "ald": ald})
+    return rows
 
 
 def rank_correlations(results: dict[str, Any], family: str) -> list[float]:
@@ -133,8 +144,12 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
         for label, row in zip(axis.get_yticklabels(), reversed(rows), strict=True):
             label.set_color(COLOURS[row["family"]])
-        axis.set_xscale("log")
-        axis.set_xlabel("average loss difference, nats per character (log scale; left is better)")
+        is_positive = min(value for row in rows for value in row["ald"]) > 0
+        axis.set_xscale("log" if is_positive else "symlog")
+        for which in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            which("{x:.2g}")
+        axis.tick_params(axis="x", which="both", labelsize=8)
+        axis.set_xlabel("average loss difference, nats per character (logarithmic; left is better)")
         axis.set_title(_title(results, family))
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -155,10 +170,9 @@ def _title(results: dict[str, Any], family: str) -> str:
     return TITLES[family].format(settings["long_task"], round(settings["long_steps"] / settings["task_steps"]))
 
 
-def _spread(values: Sequence[float], digits: int = 3) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
+def _spread(values: Sequence[float], digits: int = 3, *, signed: bool = False) -> str:
+    mean = f"{np.mean(values):{'+' if signed else ''}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
