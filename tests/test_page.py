@@ -269,3 +269,18 @@ def test_only_a_page_or_an_empty_file_is_replaced(tmp_path):
     with pytest.raises(mf.OutputError, match="not a page"):
         save_page(measurement, tmp_path / "pipe")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["p.html", "pipe"]
+
+
+def test_a_dry_run_refuses_it_too(family, tmp_path):
+    result = invoke("merge", *family, "-o", str(tmp_path / "out"), "--dry-run", "--html", str(tmp_path / "no" / "p"))
+    assert result.exit_code == 1
+    assert "make the folder first" in result.stderr
+
+
+def test_a_page_inside_the_output(family, tmp_path):
+    """It does not stand in the way of another merge, nor of verifying this one."""
+    out = tmp_path / "out"
+    for _ in range(2):
+        result = invoke("merge", *family, "-o", str(out), "--overwrite", "--html", str(out / "page.html"))
+        assert result.exit_code == 0, result.output
+    assert invoke("verify", str(out)).exit_code == 0
