@@ -60,9 +60,10 @@ setup(
         "metagpt_fast.kernels",
         "metagpt_fast.methods",
         "metagpt_fast.operations",
+        "metagpt_fast.page",
     ],
     package_dir={"metagpt_fast.kernels": "kernels"},
-    package_data={"metagpt_fast": ["py.typed"]},
+    package_data={"metagpt_fast": ["py.typed"], "metagpt_fast.page": ["style.css"]},
     ext_modules=[Extension("metagpt_fast._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ._native import isa, num_threads, set_isa, set_num_threads, supported_isas
     from .measurement import Measurement
     from .merging import carry_out, measure, merge, plan_merge, run
+    from .page import save_page
     from .plan import MergePlan
     from .recipe_plan import plan_recipe
     from .report import MergeReport
@@ -52,6 +53,7 @@ _MODULE_OF = {
     "plan_merge": "merging",
     "plan_recipe": "recipe_plan",
     "run": "merging",
+    "save_page": "page",
     "set_isa": "_native",
     "set_num_threads": "_native",
     "supported_isas": "_native",
@@ -84,6 +86,7 @@ __all__ = [
     "plan_merge",
     "plan_recipe",
     "run",
+    "save_page",
     "set_isa",
     "set_num_threads",
     "supported_isas",

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from .cli_errors import ReportingGroup, run_and_exit
+from .cli_inspect import info_command, measure_command, methods_command
 from .cli_options import (
     AssignmentType,
     CoefficientsType,
@@ -20,14 +21,14 @@ from .cli_options import (
     assignments_to_dict,
     display_options,
     exclude_option,
+    html_option,
     input_arguments,
-    json_option,
     nonfinite_option,
     option,
     output_options,
     speed_options,
 )
-from .cli_output import show_plan, show_report
+from .cli_output import check_page, save_report_page, show_plan, show_report
 from .cli_verify import verify_command
 
 _EPILOG = """\b
@@ -155,6 +156,7 @@ def cli() -> None:
     "written if it does not.",
 )
 @nonfinite_option
+@html_option("Method")
 @speed_options
 @display_options
 def merge_command(
@@ -163,6 +165,7 @@ def merge_command(
     out: str,
     *,
     dry_run: bool,
+    html: str | None,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -191,6 +194,8 @@ def merge_command(
             --method task_arithmetic --coefficients 0.4,0.6
         metagpt-fast merge base chat math -o out --measurement measured.json
     """  # noqa: D301
+    if html is not None:
+        check_page(html, out, base, models, settings)
     if dry_run:
         from .jobs import has_measurement
         from .merging import plan_merge, plan_output
@@ -208,7 +213,9 @@ def merge_command(
 
     with open_progress(quiet=quiet) as progress:
         report = merge(base, list(models), out, progress=progress, **settings)
-    show_report(report, as_json=as_json)
+    if html is not None:
+        save_report_page(report, html)
+    show_report(report, as_json=as_json, page=html)
 
 
 @cli.command(
@@ -265,102 +272,8 @@ def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: b
     show_report(report, as_json=as_json)
 
 
-@cli.command(
-    "measure",
-    cls=SectionCommand,
-    usage="[OPTIONS] BASE MODEL [MODEL ...]",
-    short_help="Norms, cosines and coefficients of fine-tuned models.",
-)
-@input_arguments
-@option("Output", "--out", "-o", metavar="FILE.json", help="Save it, for merge --measurement FILE.json.")
-@exclude_option("Output")
-@speed_options
-@display_options
-def measure_command(
-    base: str, models: tuple[str, ...], out: str | None, as_json: bool, quiet: bool, **settings: Any
-) -> None:
-    """Measure how far each MODEL moved from BASE, and in which directions, without merging.
-
-    \b
-        metagpt-fast measure base chat math code -o measured.json
-
-    Reads every file once and prints ‖τ_t‖, the cosines between the task vectors τ_t = θ_t − θ₀, and the
-    coefficients that merge would use. Cosines near 0 are what MetaGPT assumes; near 1, two models learned
-    the same. With -o the numbers are saved, and any later merge of these models, or of some of them, skips
-    this pass:
-
-    \b
-        metagpt-fast merge base chat math -o merged --measurement measured.json
-    """  # noqa: D301
-    from .console import print_json, print_warnings
-    from .merging import measure
-    from .progress import open_progress
-
-    with open_progress(quiet=quiet) as progress:
-        measurement = measure(base, list(models), out=out, progress=progress, **settings)
-    if as_json:
-        print_json(measurement.to_dict())
-        print_warnings(measurement.warnings())
-        return
-    from .tables import print_measurement
-
-    print_measurement(measurement, saved_to=out)
-
-
-cli.add_command(verify_command)
-
-
-@cli.command(
-    "methods",
-    cls=SectionCommand,
-    usage="[OPTIONS] [NAME]",
-    short_help="The merge methods and their parameters.",
-)
-@click.argument("name", metavar="[NAME]", required=False)
-@json_option
-def methods_command(name: str | None, as_json: bool) -> None:
-    """List the merge methods, or explain one: what it computes, its parameters, its paper.
-
-    \b
-        metagpt-fast methods
-        metagpt-fast methods ties
-        metagpt-fast merge base chat math -o out --method ties --set density=0.5
-    """  # noqa: D301
-    from .methods import describe_methods
-
-    described = describe_methods(name)
-    if as_json:
-        from .console import print_json
-
-        print_json(described)
-        return
-    from .method_tables import print_method, print_methods
-
-    if name is None:
-        print_methods(described)
-    else:
-        print_method(described[0])
-
-
-@cli.command("info", cls=SectionCommand, short_help="Versions, processor, memory, GPUs, backends and why not.")
-@json_option
-def info_command(as_json: bool) -> None:
-    """Show what this machine offers and what metagpt-fast will use.
-
-    \b
-        metagpt-fast info
-        METAGPT_FAST_ISA=scalar metagpt-fast info
-    """  # noqa: D301
-    from .info import collect
-
-    if as_json:
-        from .console import print_json
-
-        print_json(collect())
-        return
-    from .tables import print_info
-
-    print_info(collect())
+for _command in (measure_command, verify_command, methods_command, info_command):
+    cli.add_command(_command)
 
 
 @cli.command(

@@ -202,6 +202,16 @@ def nonfinite_option(function: F) -> F:
     )(function)
 
 
+def html_option(section: str) -> Callable[[F], F]:
+    """Return a decorator that adds --html."""
+    return option(
+        section,
+        "--html",
+        metavar="FILE.html",
+        help="Write what was measured as one page for the browser: norms by layer and module, cosines, warnings.",
+    )
+
+
 def speed_options(function: F) -> F:
     """Add --threads, --memory, --io, --device, --device-memory and --backend."""
     section = "Speed and memory"

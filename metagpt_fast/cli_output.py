@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .output_shards import OutputShard
@@ -36,7 +37,38 @@ def show_plan(
     print_plan(plan, shards, out, by_tensor=by_tensor, is_measured=is_measured)
 
 
-def show_report(report: MergeReport, *, as_json: bool) -> None:
+def check_page(html: str, out: str, base: str, models: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuse a page that a merge could not write, before the work.
+
+    Raises:
+        OutputError: the file cannot be written.
+        RecipeError: the method measures nothing that the page could show.
+    """
+    from .errors import RecipeError
+    from .page import check_page_path
+    from .recipe import make_recipe
+
+    chosen = {name: settings[name] for name in signature(make_recipe).parameters if name in settings}
+    method = make_recipe(base, list(models), **chosen).method
+    if not method.uses_measurement:
+        raise RecipeError(
+            "there is no measurement to show",
+            where="--html",
+            got=f"{method.name}, which measures no norms and cosines of task vectors",
+            hint=f"metagpt-fast measure BASE MODEL ... --html {html}",
+        )
+    check_page_path(html, new_folder=out)
+
+
+def save_report_page(report: MergeReport, html: str) -> None:
+    """Write the page of a merge's measurement."""
+    from .page import save_page
+
+    if report.measurement is not None:  # check_page has seen to it
+        save_page(report.measurement, html, report=report)
+
+
+def show_report(report: MergeReport, *, as_json: bool, page: str | None = None) -> None:
     """Show a merge that is done."""
     if as_json:
         from .console import print_json, print_warnings
@@ -46,4 +78,4 @@ def show_report(report: MergeReport, *, as_json: bool) -> None:
         return
     from .tables import print_report
 
-    print_report(report)
+    print_report(report, page=page)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import MetagptFastError
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +32,6 @@ def open_console(stream: TextIO | None = None) -> Console:
     stream = sys.stdout if stream is None else stream
     width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
-
-
-def printable(value: object) -> str:
-    """Return ``value`` as text whose control characters and broken surrogates are written as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(value))
 
 
 def print_json(value: object, stream: TextIO | None = None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from .checkpoint import open_checkpoint
-from .console import open_console, printable
+from .console import open_console
 from .errors import DataError, OutputError
 from .family import BASE_NAME, NAMES, PRESETS, TASK_VECTOR_SIGMAS, Family, family_nbytes, make_family
 from .merging import merge
@@ -21,6 +21,7 @@ from .progress import open_progress
 from .quantities import format_count, format_nbytes, format_rate, format_seconds
 from .reference import merge_float64, round_from_float64, to_float64
 from .tables import print_report
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

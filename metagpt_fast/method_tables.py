@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from rich.padding import Padding
 from rich.text import Text
 
-from .console import open_console, printable
+from .console import open_console
 from .methods import changed_parameters
 from .table_parts import make_table, settings
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -54,11 +54,11 @@ def model_card(report: MergeReport) -> str:
     if report.warnings:
         sections += [
             "## Warnings",
-            _fence("text", (_without_paths(text, report) for text in report.warnings)),
+            _fence("text", (without_paths(text, report) for text in report.warnings)),
         ]
     sections.append("## Reproduce")
     if report.recipe is not None:
-        lines = _without_paths(report.recipe, report).rstrip().splitlines()
+        lines = without_paths(report.recipe, report).rstrip().splitlines()
         sections += ["With `recipe.yaml`:", _fence("yaml", lines)]
     sections += [
         _fence("sh", [_command(report)]),
@@ -170,7 +170,7 @@ def _value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _without_paths(text: str, report: MergeReport) -> str:
+def without_paths(text: str, report: MergeReport) -> str:
     """Replace the paths of inputs and output by their ids: the longest first, as one may contain another."""
     ids = {str(report.out): report.out.name}
     ids |= {spelling: model_id(p) for p in (report.base, *report.models) for spelling in (p, str(PurePath(p)))}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from .measurement import Measurement
 
     FloatArray = NDArray[np.float64]
 
@@ -55,6 +57,8 @@ class MergeReport:
         tool: what the tool that made the plan has recorded, plain values; None without one.
         device: where the kernels ran: ``cpu``, or a GPU with its name.
         device_reason: why there.
+        measurement: what the coefficients are from, made by this merge or read from a file; None if nothing was
+            measured that a later merge could use. It is not in ``to_dict()``.
     """
 
     out: Path
@@ -93,17 +97,20 @@ class MergeReport:
     tool: dict[str, Any] | None = None
     device: str = "cpu"
     device_reason: str = "asked for"
+    measurement: Measurement | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report with plain Python values, for JSON."""
         result: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for each in dataclasses.fields(self):
+            if each.name == "measurement":
+                continue
+            value = getattr(self, each.name)
             if isinstance(value, tuple):
                 value = list(value)
             elif isinstance(value, Path):
                 value = str(value)
             elif hasattr(value, "tolist"):
                 value = value.tolist()
-            result[field.name] = value
+            result[each.name] = value
         return result

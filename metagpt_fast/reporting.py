@@ -14,7 +14,8 @@ from . import _native, trust
 from ._version import __version__
 from .artifacts import warnings_for
 from .dtypes import F16
-from .measurement import cosines_of, norms_of
+from .jobs import measurement_of
+from .measurement import Measurement, cosines_of, norms_of
 from .methods import SparseMethod
 from .report import MergeReport
 from .untrusted import brief
@@ -107,7 +108,15 @@ def make_report(
         recipe=recipe.text,
         num_resumed=layers.num_resumed,
         tool=None if plan.tool is None else dict(plan.tool.record),
+        measurement=_reusable(plan, layers, fingerprints),
     )
+
+
+def _reusable(plan: MergePlan, layers: LayerPass, fingerprints: Sequence[list[dict[str, Any]]]) -> Measurement | None:
+    """What another merge of these checkpoints could use: not what was measured for a recipe's own choice of tensors."""
+    if layers.gram is None or plan.recipe.text is not None or not plan.recipe.method.uses_measurement:
+        return None
+    return measurement_of(plan, layers.gram, fingerprints)
 
 
 def coefficients_by_scope(plan: MergePlan, coefficients: FloatArray) -> tuple[tuple[str, ...], FloatArray]:

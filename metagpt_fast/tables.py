@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from .console import open_console, print_warnings, printable
+from .console import open_console, print_warnings
 from .method_tables import print_tensors
 from .methods import changed_parameters
 from .quantities import format_count, format_nbytes, format_rate, format_seconds
 from .table_parts import make_table, settings
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,8 +32,8 @@ _SPARKLINE_WIDTH = 28
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def print_report(report: MergeReport, console: Console | None = None) -> None:
-    """Print a merge's result: coefficients, norms, cosines, what was written and how fast, then warnings."""
+def print_report(report: MergeReport, console: Console | None = None, *, page: str | None = None) -> None:
+    """Print a merge's result: coefficients, norms, cosines, what was written (and ``page``), how fast, warnings."""
     console = open_console() if console is None else console
     labels = [printable(label) for label in report.labels]
     console.print()
@@ -68,6 +69,7 @@ def print_report(report: MergeReport, console: Console | None = None) -> None:
             "ran on": f"{report.backend} backend, {report.isa}, {_plural(report.num_threads, 'thread')}, {report.io}",
             "device": f"{report.device} ({report.device_reason})",
             "output": f"{report.out} ({_plural(len(report.shards), 'shard')})",
+            **({} if page is None else {"page": page}),
         },
     )
     print_warnings(report.warnings, console)
@@ -120,7 +122,9 @@ def print_plan(
     print_warnings([*plan.warnings, *plan.recipe.method.warnings()], console)
 
 
-def print_measurement(measurement: Measurement, *, saved_to: str | None = None, console: Console | None = None) -> None:
+def print_measurement(
+    measurement: Measurement, *, saved_to: str | None = None, page: str | None = None, console: Console | None = None
+) -> None:
     """Print what was measured: the paper's coefficients, norms and cosines, then warnings."""
     console = open_console() if console is None else console
     labels = [printable(label) for label in measurement.labels]
@@ -133,9 +137,10 @@ def print_measurement(measurement: Measurement, *, saved_to: str | None = None, 
         measurement.base_norm,
     )
     _print_cosines(console, labels, measurement.cosines.tolist())
-    if saved_to is not None:
+    files = {name: file for name, file in (("saved to", saved_to), ("page", page)) if file is not None}
+    if files:
         console.print()
-        _print_facts(console, {"saved to": saved_to})
+        _print_facts(console, files)
     print_warnings(measurement.warnings(), console)
 
 

@@ -111,6 +111,11 @@ def brief(value: object) -> str:
     return _repr.repr(value)
 
 
+def printable(value: object) -> str:
+    """Return ``value`` as text whose control characters and broken surrogates are written as escapes."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(value))
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):

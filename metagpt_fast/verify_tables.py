@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from .console import open_console, printable
+from .console import open_console
 from .quantities import format_count, format_nbytes, format_seconds
 from .table_parts import make_table
+from .untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from metagpt_fast.console import open_console, print_error, print_json, print_warnings, printable
+from metagpt_fast.console import open_console, print_error, print_json, print_warnings
 from metagpt_fast.errors import PlanError
 from metagpt_fast.progress import BarProgress, LineProgress, Progress, open_progress
 from metagpt_fast.tables import print_info, print_measurement, print_report, sparkline
+from metagpt_fast.untrusted import printable
 
 SHAPE_ERROR = PlanError(
     "tensor 'lm_head.weight' has another shape",

@@ -18,8 +18,9 @@ PACKAGE = Path(metagpt_fast.__file__).parent
 # Every module, in the layers of docs/design.md: one may import from lower layers, and within its own without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("integrations", "cli", "cli_errors", "cli_options", "cli_verify"),
+    ("integrations", "cli", "cli_errors", "cli_inspect", "cli_options", "cli_verify"),
     ("demo", "console", "progress", "tables", "method_tables", "table_parts", "cli_output", "verify_tables"),
+    ("page",),
     ("verifying",),
     ("recomputing", "recorded_merge"),
     ("merging", "state_dicts", "recipe_plan"),
