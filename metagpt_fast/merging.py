@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from . import _native, trust
+from . import trust
 from .artifacts import model_card, output_files, report_json
 from .buffers import check_buffers
 from .checkpoint import ShardFile, open_checkpoint
