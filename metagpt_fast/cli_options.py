@@ -169,7 +169,7 @@ def exclude_option(section: str) -> Callable[[F], F]:
 
 
 def output_options(function: F) -> F:
-    """Add --max-shard-size, --overwrite, --resume and --copy-code."""
+    """Add --max-shard-size, --overwrite, --resume, --no-sync and --copy-code."""
     for decorator in (
         option(
             "Output",
@@ -182,6 +182,15 @@ def output_options(function: F) -> F:
             "--resume",
             is_flag=True,
             help="Go on with the same merge to OUT if it was interrupted; else begin it.",
+        ),
+        option(
+            "Output",
+            "--no-sync",
+            "sync",
+            is_flag=True,
+            flag_value=False,
+            default=True,
+            help="Do not wait until OUT is on the disk: faster, and a power failure may lose it.",
         ),
         option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done."),
         option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
 
 Fingerprints = Sequence[list[dict[str, Any]]]
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def fingerprints_of(plan: MergePlan) -> tuple[list[dict[str, Any]], ...]:
@@ -96,8 +99,13 @@ def job_of(
     fingerprints: Fingerprints,
     gram: FloatArray | None,
     backend: str,
+    *,
+    is_durable: bool,
 ) -> dict[str, Any]:
     """Return all that the output's bytes depend on, by names that a user understands, for ``CheckpointWriter``.
+
+    If the output is not durable while it is made, that includes the start of the system: what was written before
+    another one may be lost, whatever the journal says.
 
     Not in it is what they do not depend on: the way to read, the memory window, the number of threads, the instruction
     set, and where the inputs lie.
@@ -121,9 +129,17 @@ def job_of(
         "backend": backend,
         "metagpt_fast version": __version__,
         "NumPy version": np.__version__,
+        "start of the system (--no-sync)": None if is_durable else _boot_id(),
     }
     result: dict[str, Any] = json.loads(json.dumps(job))  # as the journal gives it back
     return result
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:  # then no run can be resumed
+        return f"unknown, process {os.getpid()} at {time.time_ns()}"
 
 
 def _recipe_parts(recipe: Recipe) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def merge(
     measurement: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    sync: bool = True,
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     progress: Progress | None = None,
@@ -86,6 +87,8 @@ def merge(
         measurement: file that keeps the Gram matrices: read if it exists (a stale one is refused), else written.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        sync: whether to wait until the output is on the disk. Without, a merge that is killed can still be resumed, and
+            one that loses power cannot.
         allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
         copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
@@ -128,6 +131,7 @@ def merge(
         measurement=measurement,
         overwrite=overwrite,
         resume=resume,
+        sync=sync,
         allow_nonfinite=allow_nonfinite,
         copy_code=copy_code,
         progress=progress,
@@ -147,6 +151,7 @@ def run(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     resume: bool = False,
+    sync: bool = True,
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     progress: Progress | None = None,
@@ -165,6 +170,7 @@ def run(
         max_shard_size: size of an output file.
         overwrite: replace a model that is already at ``out``, once the new one is whole.
         resume: go on with the same merge to ``out`` where it was interrupted, if it was; the result has the same bytes.
+        sync: whether to wait until the output is on the disk, as for :func:`merge`.
         allow_nonfinite: merge NaN and Inf as they are, with a warning, where the method measures nothing.
         copy_code: copy the base's ``*.py`` files, which loading the output with ``trust_remote_code`` would run.
         progress: object with ``start(phase, total_nbytes)``, ``advance(nbytes)`` and ``finish()``.
@@ -190,6 +196,7 @@ def run(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         resume=resume,
+        sync=sync,
         allow_nonfinite=allow_nonfinite,
         copy_code=copy_code,
         progress=progress,
@@ -210,6 +217,7 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
     measurement: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    sync: bool = True,
     allow_nonfinite: bool = False,
     copy_code: bool = False,
     progress: Progress | None = None,
@@ -249,8 +257,8 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-        job = job_of(plan, shards, fingerprints, gram, chosen.backend.name)
-        with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume) as writer:
+        job = job_of(plan, shards, fingerprints, gram, chosen.backend.name, is_durable=sync)
+        with CheckpointWriter(target, shards, overwrite=overwrite, job=job, resume=resume, is_durable=sync) as writer:
             layers.resume(writer)
             layers.copy(writer)
             layers.merge(writer)

@@ -57,6 +57,8 @@ class CheckpointWriter:
         overwrite: replace a model that is already there, once the new one is whole.
         job: what is made, part by part, for JSON: only the same job may continue this one. None keeps no journal and
             does not wait for the disk.
+        is_durable: whether to wait for the disk otherwise. Without, a power failure may lose what the journal says is
+            there: the job has to tell one start of the system from another.
         resume: continue an interrupted job, if there is one; else one is refused.
 
     Attributes:
@@ -71,6 +73,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         job: Mapping[str, Any] | None = None,
         resume: bool = False,
+        is_durable: bool = True,
     ) -> None:
         if is_file_target(target) and len(shards) != 1:
             raise ValueError(f"{target} is one file, but {len(shards)} shards were given")
@@ -79,6 +82,7 @@ class CheckpointWriter:
         self._overwrite = overwrite
         self._job = job
         self._resume = resume
+        self._is_durable = is_durable and job is not None
         self._journal: Journal | None = None
         self._recorder: Recorder | None = None
         self._checksums = OutputChecksums(self._shards)
@@ -93,7 +97,7 @@ class CheckpointWriter:
         """
         with os_errors(self._target, "cannot create the output"):
             self._build = BuildFolder(self._target)
-        self._files = ShardFiles(self._paths(), self._shards, is_durable=self._job is not None)
+        self._files = ShardFiles(self._paths(), self._shards, is_durable=self._is_durable)
         try:
             with os_errors(self._target, "cannot create the output"):
                 self._open()
@@ -217,7 +221,7 @@ class CheckpointWriter:
         if not self._has_progress():
             self._build.clear()
         if self._job is not None:
-            self._journal = Journal(self._build.journal_path)
+            self._journal = Journal(self._build.journal_path, is_durable=self._is_durable)
             if self._journal.num_records == 0:
                 self._journal.append({"job": self._job})
             self._recorder = Recorder(self._journal, self._files.begin, self._files.make_durable, self._files.recorded)

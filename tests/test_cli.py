@@ -143,7 +143,7 @@ def test_merge_passes_every_option_on(calls):
             "--max-shard-size",
             "1GB",
         ),
-        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite", "--resume"),
+        *("--exclude", "lm_head", "--measurement", "m.json", "--overwrite", "--resume", "--no-sync"),
         *("--allow-nonfinite", "--copy-code"),
     )
     assert result.exit_code == 0, result.output
@@ -167,6 +167,7 @@ def test_merge_passes_every_option_on(calls):
         "measurement": "m.json",
         "overwrite": True,
         "resume": True,
+        "sync": False,
         "allow_nonfinite": True,
         "copy_code": True,
     }
