@@ -70,12 +70,12 @@ class MergeBench:
         self._tell = tell
         self._percent_cached: list[float] = []
 
-    def ours(self, name: str, num_reads: int, *arguments: str) -> Case:
-        """Return a merge by this project; the name is also its row's."""
+    def ours(self, name: str, num_reads: int, *arguments: str, is_on_disk: bool = False) -> Case:
+        """Return a merge by this project; the name is also its row's. As `cp`, it does not wait for the disk."""
 
         def command(out: Path) -> list[str]:
             words = [sys.executable, "-m", "metagpt_fast", "merge", *self._inputs(), "-o", str(out)]
-            return [*words, "--quiet", "--memory", self._memory, *arguments]
+            return [*words, "--quiet", "--memory", self._memory, *arguments, *(() if is_on_disk else ("--no-sync",))]
 
         return Case(name, Task(name, command), num_reads)
 
@@ -88,6 +88,8 @@ class MergeBench:
             self.ours("metagpt, model", 2),
             self.ours("metagpt, layer", 1, "--granularity", "layer"),
             self.ours("metagpt, tensor", 1, "--granularity", "tensor"),
+            self.ours("metagpt, model, on the disk", 2, is_on_disk=True),
+            self.ours("metagpt, layer, on the disk", 1, "--granularity", "layer", is_on_disk=True),
             self.ours("metagpt, model, measured before", 1, "--measurement", str(measurement)),
             self.ours("task_arithmetic", 1, "--method", "task_arithmetic", "--coefficients", "0.3,0.3,0.3"),
         ]

@@ -55,7 +55,7 @@ class MethodBench:
         setting = METHOD_RECIPES[method]
         recipe = self._scratch / f"{method}.yaml"
         recipe.write_text(setting.text(method, self._family, self._dtype), encoding="utf-8")
-        tasks = [Task(method, lambda out: [*_OURS, str(recipe), str(out), "--quiet"])]
+        tasks = [Task(method, lambda out: [*_OURS, str(recipe), str(out), "--quiet", "--no-sync"])]
         for run in runs if program is not None else ():
             tasks.append(
                 Task(

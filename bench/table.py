@@ -21,6 +21,8 @@ _LABELS = {
     "metagpt, layer": "`--granularity layer`",
     "metagpt, tensor": "`--granularity tensor`",
     "metagpt, model, measured before": "`--measurement FILE`, FILE exists",
+    "metagpt, model, on the disk": "`--granularity model`, without `--no-sync`",
+    "metagpt, layer, on the disk": "`--granularity layer`, without `--no-sync`",
     "task_arithmetic": "`--method task_arithmetic`",
     "plain torch: task_arithmetic": "plain torch, task arithmetic",
 }
@@ -55,6 +57,8 @@ def readme_table(result: Result, source: str) -> str:
         parts += [_KERNELS, _kernel_table(main_rows or of_suite["kernels"])]
     if of_suite["startup"]:
         parts.append(_startup_sentence(of_suite["startup"]))
+    if methods := [row for row in result.rows if row.suite == "methods"]:
+        parts += [_METHODS, _method_table(methods)]
     return "\n\n".join(parts)
 
 
@@ -92,7 +96,8 @@ def _merge_conditions(rows: Sequence[Row]) -> str:
         f"Merges of {sizes['num_parameters'] / 1e9:.1f} B parameters in bf16 (TinyLlama's shapes), base and "
         f"{sizes['num_models']} models of {sizes['model_nbytes'] / 1e9:.1f} GB each, process start included. The "
         "reference, in turns with the merges, is `cat` of every input byte as often as the merge reads it, plus `cp` "
-        "of one model. Warm: inputs in the page cache; cold: none of them, which was verified."
+        "of one model. Like `cp`, the merges do not wait until the output is on the disk (`--no-sync`), but where it "
+        "says so. Warm: inputs in the page cache; cold: none of them, which was verified."
     )
 
 
@@ -191,6 +196,33 @@ def _startup_sentence(rows: Sequence[Row]) -> str:
         for row in rows
     )
     return f"Start: {times}."
+
+
+_METHODS = (
+    "Every method on the same family, warm, ours with `--no-sync`; in turns with `mergekit-yaml` at its default "
+    "options on the same recipe (`dtype: bfloat16`, its fastest; our arithmetic is float32). Anonymous memory is the "
+    "peak of the process."
+)
+
+
+def _method_table(rows: Sequence[Row]) -> str:
+    """Return one line per method; mergekit's row, where there is one, becomes two columns."""
+    theirs = {row.parameters["method"]: row for row in rows if row.name.startswith("mergekit: ")}
+    lines = []
+    for row in rows:
+        if "mergekit" in row.name:
+            continue
+        other = theirs.get(row.parameters["method"])
+        speedup = row.metrics.get("speedup_mergekit")
+        lines.append([
+            f"`{row.name}`", format_spread(row.metrics["seconds"]),
+            format_number(other.metrics["seconds"].median) if other else "",
+            format_spread(speedup) if speedup else "",
+            format_number(row.metrics["peak_anonymous_mb"].median),
+            format_number(other.metrics["peak_anonymous_mb"].median) if other else "",
+        ])  # fmt: skip
+    heads = ["method", "s", "mergekit, s", "x mergekit", "anonymous MB", "mergekit, anonymous MB"]
+    return _markdown(heads, lines)
 
 
 def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

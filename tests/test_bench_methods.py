@@ -31,7 +31,9 @@ def family(tmp_path_factory):
 
 @pytest.fixture
 def bench(family, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_methods, "_OURS", (sys.executable, "-c", "import sys; assert sys.argv[-1] == '--quiet'"))
+    monkeypatch.setattr(
+        bench_methods, "_OURS", (sys.executable, "-c", "import sys; assert sys.argv[-1] == '--no-sync'")
+    )
     return bench_methods.MethodBench(family, tmp_path, "bfloat16", lambda line: None)
 
 
