@@ -38,6 +38,12 @@ def bench_table(result: Result, source: str) -> str:
         parts += [_KERNELS, _kernel_table(of_suite["kernels"])]
     if of_suite["startup"]:
         parts.append(_startup_table(of_suite["startup"]))
+    return _with_methods(parts, result)
+
+
+def _with_methods(parts: list[str], result: Result) -> str:
+    if methods := [row for row in result.rows if row.suite == "methods"]:
+        parts += [_METHODS, _method_table(methods)]
     return "\n\n".join(parts)
 
 
@@ -57,9 +63,7 @@ def readme_table(result: Result, source: str) -> str:
         parts += [_KERNELS, _kernel_table(main_rows or of_suite["kernels"])]
     if of_suite["startup"]:
         parts.append(_startup_sentence(of_suite["startup"]))
-    if methods := [row for row in result.rows if row.suite == "methods"]:
-        parts += [_METHODS, _method_table(methods)]
-    return "\n\n".join(parts)
+    return _with_methods(parts, result)
 
 
 def replace_block(text: str, table: str) -> str:
