@@ -13,7 +13,6 @@ import os
 import secrets
 import shlex
 import shutil
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,7 @@ class BuildFolder:
             )
         with contextlib.suppress(OSError):  # a courtesy to whoever meets the lock
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {ascii(socket.gethostname())[1:-1]}".encode(), 0)
+            os.pwrite(fd, f"process {os.getpid()} on {ascii(os.uname().nodename)[1:-1]}".encode(), 0)
 
     def _is_current(self, fd: int) -> bool:
         """Whether the file that was locked is still the one that others would lock."""

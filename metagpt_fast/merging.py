@@ -18,7 +18,6 @@ from .measurement import Measurement, check_writable
 from .plan import MergePlan, input_paths, make_plan
 from .quantities import parse_nbytes
 from .recipe import Recipe, make_recipe, parse_memory
-from .recipe_plan import plan_recipe
 from .report import MergeReport
 from .reporting import make_report
 from .writer import CheckpointWriter, OutputShard, check_target, is_file_target, plan_shards
@@ -68,7 +67,7 @@ def merge(
         base: folder of the base model (Hugging Face layout), or a bare ``.safetensors`` file.
         models: folders or files of the T fine-tuned models, with the base's tensors.
         out: the output folder; a name that ends in ``.safetensors`` writes one bare file.
-        method: ``metagpt``, ``task_arithmetic`` or ``linear``.
+        method: ``metagpt``, or another that ``metagpt-fast methods`` lists.
         granularity: over what norms are summed: ``model`` (the paper; two passes over the files), ``layer`` or
             ``tensor`` (one pass).
         exponent: p of λ_t ∝ ‖τ_t‖^p, for ``metagpt``; default 2.
@@ -182,6 +181,8 @@ def run(
         RecipeError: the recipe cannot be read, or asks for what there is not; it names the line.
         CheckpointError, PlanError, DataError, OutputError, BackendError: as :func:`merge`.
     """
+    from .recipe_plan import plan_recipe
+
     started = time.perf_counter()
     return carry_out(
         plan_recipe(recipe),
