@@ -130,7 +130,8 @@ def run_measured(
 def clean_environment() -> dict[str, str]:
     """Return this process's variables without those that change what is measured.
 
-    METAGPT_FAST_*, numbers of threads and a forced OpenBLAS kernel, which would slow NumPy and flatter us.
+    METAGPT_FAST_*, numbers of threads and a forced OpenBLAS kernel, which would slow NumPy and flatter us; and
+    PYTHONDONTWRITEBYTECODE, with which every start compiles what an installed package has compiled once.
     """
-    dropped = ("METAGPT_FAST_", "OPENBLAS_", "OMP_", "MKL_")
+    dropped = ("METAGPT_FAST_", "OPENBLAS_", "OMP_", "MKL_", "PYTHONDONTWRITEBYTECODE")
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
