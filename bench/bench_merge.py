@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 from benchlib import mergekit
 from benchlib.machine import copy_command, is_memory_file_system
-from benchlib.page_cache import evict, fill, percent_cached
+from benchlib.page_cache import CacheState, evict
 from benchlib.processes import ProcessError, Usage, clean_environment, run_measured
 from benchlib.rounds import Measured, Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
@@ -29,7 +29,6 @@ from make_family import FAMILIES, BenchFamily, default_folder, get_family
 from metagpt_fast.family import family_nbytes
 
 _MAX_PERCENT_CACHED_WHEN_COLD = 1.0
-_MIN_PERCENT_CACHED_WHEN_WARM = 99.0
 _COLD_ROUNDS = 3
 _BASELINE_ROUNDS = 3
 DEFAULT_ROUNDS = 7
@@ -68,7 +67,7 @@ class MergeBench:
         self._scratch = scratch
         self._memory = memory
         self._tell = tell
-        self._percent_cached: list[float] = []
+        self._cache = CacheState(family.weights)
 
     def ours(self, name: str, num_reads: int, *arguments: str, is_on_disk: bool = False) -> Case:
         """Return a merge by this project; the name is also its row's. As `cp`, it does not wait for the disk."""
@@ -131,23 +130,27 @@ class MergeBench:
             Task("cat again", self._cat),
             *(case.task for case in cases[2:]),
         ]
-        self._percent_cached.clear()
+        self._cache.percents.clear()
         # One known state of the page cache, that of files read in order. Who filled it decides the size of its folios,
         # and with it the speed of mapped reads: after page-by-page reading ahead, a merge took up to 1 s more CPU time.
         evict(self._family.weights)
-        measured = run_rounds(tasks, num_rounds, self._scratch, before_round=self._warm_up, tell=self._tell)
+        measured = run_rounds(tasks, num_rounds, self._scratch, before_round=self._cache.warm_up, tell=self._tell)
         notes: tuple[str, ...] = ()
-        if min(self._percent_cached) < _MIN_PERCENT_CACHED_WHEN_WARM:
+        if not self._cache.is_warm:
             notes = ("the inputs do not fit the page cache: this is no warm figure",)
         return self._rows(cases, measured, ("cat", "cat again"), "warm", notes)
 
     def cold(self, cases: Sequence[Case], num_rounds: int) -> list[Row]:
         """Measure with none of the inputs in the page cache; the second read of two may find them there."""
-        tasks = [Task("cold cat", self._cat, prepare=self._cool_down), Task("cat", self._cat), Task("cp", self._cp)]
-        tasks += [Task(case.name, case.task.command, prepare=self._cool_down) for case in cases]
-        self._percent_cached.clear()
+        tasks = [
+            Task("cold cat", self._cat, prepare=self._cache.cool_down),
+            Task("cat", self._cat),
+            Task("cp", self._cp),
+        ]
+        tasks += [Task(case.name, case.task.command, prepare=self._cache.cool_down) for case in cases]
+        self._cache.percents.clear()
         measured = run_rounds(tasks, num_rounds, self._scratch, rotates=False, tell=self._tell)
-        cached = max(self._percent_cached)
+        cached = max(self._cache.percents)
         if cached > _MAX_PERCENT_CACHED_WHEN_COLD:
             self._tell(f"no cold figures: {cached:.1f} % of the inputs stayed in the page cache after all was evicted")
             return []
@@ -169,7 +172,7 @@ class MergeBench:
             metrics = {
                 "seconds": Spread.of(seconds),
                 "gb_per_s": Spread.of([nbytes / s / 1e9 for s in seconds]),
-                "percent_cached": Spread.of(self._percent_cached),
+                "percent_cached": Spread.of(self._cache.percents),
             }
             what = f"cat of all inputs {'once' if num_reads == 1 else 'twice'}, cp of one model"
             parameters = {"cache": cache, "num_reads": num_reads, **self._sizes()}
@@ -221,15 +224,6 @@ class MergeBench:
 
     def _cp(self, out: Path) -> list[str]:
         return copy_command(self._family.base, out)
-
-    def _warm_up(self) -> None:
-        if percent_cached(self._family.weights) < _MIN_PERCENT_CACHED_WHEN_WARM:
-            fill(self._family.weights)
-        self._percent_cached.append(percent_cached(self._family.weights))
-
-    def _cool_down(self) -> None:
-        evict(self._family.weights)
-        self._percent_cached.append(percent_cached(self._family.weights))
 
     def _sizes(self) -> dict[str, object]:
         return {

@@ -19,7 +19,7 @@ from bench_merge import scratch_folder
 from bench_methods import speedups
 from benchlib import mergekit
 from benchlib.method_recipes import METHOD_RECIPES
-from benchlib.page_cache import evict, fill, percent_cached
+from benchlib.page_cache import CacheState, evict
 from benchlib.processes import ProcessError, Usage
 from benchlib.rounds import Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
@@ -29,7 +29,6 @@ from metagpt_fast.family import family_nbytes
 
 DEFAULT_ROUNDS = 3
 _THEIR_ROUNDS = 2
-_MIN_PERCENT_CACHED = 99.0
 
 
 class Side:
@@ -68,20 +67,14 @@ def measure(
             names[theirs], lambda out: theirs.command(recipe, out), max_rounds=1 if setting.is_slow else _THEIR_ROUNDS
         ),
     ]
-    cached: list[float] = []
-
-    def warm_up() -> None:
-        if percent_cached(family.weights) < _MIN_PERCENT_CACHED:
-            fill(family.weights)
-        cached.append(percent_cached(family.weights))
-
-    measured = run_rounds(tasks, num_rounds, scratch, before_round=warm_up, tell=tell)
+    cache = CacheState(family.weights)
+    measured = run_rounds(tasks, num_rounds, scratch, before_round=cache.warm_up, tell=tell)
     rows, phases, usages = [], {}, {}
     for side, name in names.items():
         usages[side] = [usage for usage in measured[name] if usage is not None]
         phases[side] = side.take_phases()
         rows.append(Row("mergekit", name, _parameters(method, dtype, family), _metrics(usages[side], phases[side])))
-        rows[-1].metrics["percent_cached"] = Spread.of(cached)
+        rows[-1].metrics["percent_cached"] = Spread.of(cache.percents)
     rows[0].metrics["speedup_mergekit_fast"] = Spread.of(speedups(usages[ours], usages[theirs]))
     rows[0].metrics["speedup_after_planning"] = Spread.of(
         [

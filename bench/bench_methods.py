@@ -16,7 +16,7 @@ import click
 from bench_merge import scratch_folder
 from benchlib import mergekit
 from benchlib.method_recipes import METHOD_RECIPES
-from benchlib.page_cache import evict, fill, percent_cached
+from benchlib.page_cache import CacheState, evict
 from benchlib.processes import ProcessError, Usage
 from benchlib.rounds import Measured, Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
@@ -26,7 +26,6 @@ from metagpt_fast.family import family_nbytes
 
 DEFAULT_ROUNDS = 5
 _MERGEKIT_ROUNDS = 2
-_MIN_PERCENT_CACHED = 99.0
 # How mergekit is run: what its rows are called, and the metric of ours that compares with it.
 MERGEKIT_RUNS = {"default": "mergekit", "fast": "mergekit, fast options"}
 _SPEEDUPS = {"default": "speedup_mergekit", "fast": "speedup_mergekit_fast"}
@@ -47,7 +46,7 @@ class MethodBench:
         self._scratch = scratch
         self._dtype = dtype
         self._tell = tell
-        self._percent_cached: list[float] = []
+        self._cache = CacheState(family.weights)
         evict(family.weights)  # read in order before the first round: see bench_merge
 
     def measure(self, method: str, num_rounds: int, program: str | None, runs: Sequence[str]) -> list[Row]:
@@ -64,8 +63,8 @@ class MethodBench:
                     max_rounds=1 if setting.is_slow else _MERGEKIT_ROUNDS,
                 )
             )
-        self._percent_cached.clear()
-        measured = run_rounds(tasks, num_rounds, self._scratch, before_round=self._warm_up, tell=self._tell)
+        self._cache.percents.clear()
+        measured = run_rounds(tasks, num_rounds, self._scratch, before_round=self._cache.warm_up, tell=self._tell)
         return [self._our_row(method, measured), *(self._row(task.name, method, measured) for task in tasks[1:])]
 
     def _our_row(self, method: str, measured: Measured) -> Row:
@@ -87,15 +86,10 @@ class MethodBench:
             "cache": "warm",
         }
         metrics = usage_metrics(_usages(measured, name))
-        metrics["percent_cached"] = Spread.of(self._percent_cached)
-        is_warm = min(self._percent_cached) >= _MIN_PERCENT_CACHED
+        metrics["percent_cached"] = Spread.of(self._cache.percents)
+        is_warm = self._cache.is_warm
         notes = () if is_warm else ("the inputs do not fit the page cache: this is no warm figure",)
         return Row("methods", name, parameters, metrics, notes=notes)
-
-    def _warm_up(self) -> None:
-        if percent_cached(self._family.weights) < _MIN_PERCENT_CACHED:
-            fill(self._family.weights)
-        self._percent_cached.append(percent_cached(self._family.weights))
 
 
 _OURS = (sys.executable, "-m", "metagpt_fast", "run")
