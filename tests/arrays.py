@@ -223,6 +223,24 @@ def weights(rng: np.random.Generator, dtypes: Sequence[DType], numel: int, *, ha
     return [encode(v, dtype) for v, dtype in zip(values, dtypes, strict=True)]
 
 
+def special_values(
+    rng: np.random.Generator, dtypes: Sequence[DType], numel: int, *, has_base: bool = True
+) -> list[Raw]:
+    """Return operands of special values."""
+    return [random_special(rng, dtype, numel) for dtype in dtypes]
+
+
+def bit_patterns(rng: np.random.Generator, dtypes: Sequence[DType], numel: int, *, has_base: bool = True) -> list[Raw]:
+    """Return operands of random bit patterns."""
+    return [random_bits(rng, dtype, numel) for dtype in dtypes]
+
+
+def halfway(rng: np.random.Generator, dtypes: Sequence[DType], numel: int, *, has_base: bool = True) -> list[Raw]:
+    """Return numbers of few bits and similar size, whose sums often lie halfway between two half values."""
+    values = rng.integers(-600, 600, (len(dtypes), numel)) * 2.0 ** rng.integers(-10, -2, (len(dtypes), numel))
+    return [encode(v, dtype) for v, dtype in zip(values, dtypes, strict=True)]
+
+
 def make_layer(
     rng: np.random.Generator,
     dtypes: Sequence[DType],
@@ -241,6 +259,14 @@ def make_layer(
         ]
         for numel in sizes
     ]
+
+
+def make_out(
+    layer: Sequence[Sequence[Buffer]], dtypes: Sequence[DType], misalignments: Sequence[int] = (0,)
+) -> list[Buffer]:
+    """Return poisoned outputs for the layer; dtypes and misalignments in turn."""
+    turns = zip(layer, itertools.cycle(dtypes), itertools.cycle(misalignments), strict=False)
+    return [Buffer(dtype, tensor[0].numel, shift) for tensor, dtype, shift in turns]
 
 
 def dtype_names(dtypes: object) -> str:

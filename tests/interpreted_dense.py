@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from metagpt_fast import reference
-from metagpt_fast.backends.tables import layer_table
 from metagpt_fast.backends.triton import TritonBackend
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 
@@ -16,18 +15,19 @@ from .arrays import (
     FLOATS,
     Buffer,
     EdgeBuffer,
+    bit_patterns,
     buffer_of,
     decode,
     differing,
     dtype_names,
     encode,
+    halfway,
     make_layer,
     nonfinite,
-    random_bits,
-    random_special,
+    special_values,
     weights,
 )
-from .kernel_calls import operands
+from .kernel_calls import layer_table_of, operands
 from .sparse_calls import out_table_of
 from .tolerances import GRAM_BOUND, GRAM_F64, GRAM_RANDOM, gram_error
 
@@ -38,31 +38,13 @@ SIZES = (0, 1, 17, 2048, 2049)
 DTYPE_CYCLES = [(BF16,), (F16,), (F32,), (F64,), (BF16, F32), (F32, F16, BF16), (F64, BF16, F32)]
 
 
-def special_values(rng, dtypes, numel, *, has_base=True):
-    return [random_special(rng, dtype, numel) for dtype in dtypes]
-
-
-def bit_patterns(rng, dtypes, numel, *, has_base=True):
-    return [random_bits(rng, dtype, numel) for dtype in dtypes]
-
-
-def ties(rng, dtypes, numel, *, has_base=True):
-    values = rng.integers(-600, 600, (len(dtypes), numel)) * 2.0 ** rng.integers(-10, -2, (len(dtypes), numel))
-    return [encode(v, dtype) for v, dtype in zip(values, dtypes, strict=True)]
-
-
-def table_of(layer, has_base=True):
-    places = [[(b.address, -1, b.dtype.code) for b in tensor] for tensor in layer]
-    return layer_table(places, [tensor[0].numel for tensor in layer], has_base)
-
-
 def check_merge(layer, coefficients, out, has_base=True):
     coefficients = np.ones((len(layer), len(layer[0]) - has_base)) * coefficients
     expected = reference.layer_merge(operands(layer), coefficients, [b.dtype for b in out], has_base)
     for buffer in out:
         buffer.poison()
     with np.errstate(all="ignore"):
-        counts = TRITON.layer_merge(table_of(layer, has_base), coefficients, out_table_of(out)).num_nonfinite
+        counts = TRITON.layer_merge(layer_table_of(layer, has_base), coefficients, out_table_of(out)).num_nonfinite
     for tensor, buffer, want, count in zip(layer, out, expected, counts, strict=True):
         wrong = differing(buffer.raw, want, buffer.dtype)[:3]
         shown = [(int(i), decode(buffer.raw, buffer.dtype)[i], decode(want, buffer.dtype)[i]) for i in wrong]
@@ -90,7 +72,7 @@ def test_sizes_dtypes_and_numbers_of_models(dtypes, num_models):
     check_merge(layer, rng.choice(COEFFICIENTS[:-2], (len(layer), num_models)), out, has_base)
     size = len(layer[0])
     gram = np.zeros((len(layer), size, size))
-    TRITON.layer_gram(table_of(layer, has_base), gram)
+    TRITON.layer_gram(layer_table_of(layer, has_base), gram)
     expected = reference.layer_gram(operands(layer), has_base)
     assert gram_error(gram, expected) < (GRAM_F64 if F64 in chosen else GRAM_RANDOM)
     assert np.array_equal(gram, gram.transpose(0, 2, 1))
@@ -104,9 +86,9 @@ def test_addresses(dtypes, misalignments):
     out = [Buffer(dtypes[0], tensor[0].numel, misalignments[0]) for tensor in layer]
     check_merge(layer, [0.3, 0.6][: len(dtypes) - 1], out)
     gram = np.zeros((3, len(dtypes), len(dtypes)))
-    TRITON.layer_gram(table_of(layer), gram)
+    TRITON.layer_gram(layer_table_of(layer), gram)
     assert gram_error(gram, reference.layer_gram(operands(layer), True)) < GRAM_RANDOM
-    counts, firsts = TRITON.layer_nonfinite(table_of(layer))
+    counts, firsts = TRITON.layer_nonfinite(layer_table_of(layer))
     assert not counts.any()
     assert (firsts == -1).all()
 
@@ -115,7 +97,7 @@ def test_addresses(dtypes, misalignments):
 @pytest.mark.parametrize("dtypes", [(d,) * 3 for d in FLOATS] + [(F32, BF16, F16)], ids=dtype_names)
 def test_special_values_and_output_dtypes(dtypes, out_dtype):
     rng = np.random.default_rng(2)
-    tensors = [make_layer(rng, dtypes, (600,), raws=raws)[0] for raws in (special_values, bit_patterns, ties)]
+    tensors = [make_layer(rng, dtypes, (600,), raws=raws)[0] for raws in (special_values, bit_patterns, halfway)]
     out = [Buffer(out_dtype, 600) for _ in tensors]
     check_merge(tensors, rng.choice(COEFFICIENTS, (3, 2)), out)
 
@@ -149,7 +131,7 @@ def test_signed_zeros(sign):
 def test_output_may_be_an_operand(target):
     layer = make_layer(np.random.default_rng(3), (BF16,) * 3, (17, 2049, 5000))
     expected = reference.layer_merge(operands(layer), np.full((3, 2), 0.4), [BF16] * 3, True)
-    TRITON.layer_merge(table_of(layer), np.full((3, 2), 0.4), out_table_of([tensor[target] for tensor in layer]))
+    TRITON.layer_merge(layer_table_of(layer), np.full((3, 2), 0.4), out_table_of([tensor[target] for tensor in layer]))
     for tensor, want in zip(layer, expected, strict=True):
         assert not differing(tensor[target].raw, want, BF16).size
 
@@ -164,8 +146,8 @@ def test_nothing_is_touched_outside_of_operands_and_output(dtype, at_end):
         for buffer, raw in zip(tensor, weights(rng, (dtype,) * 3, tensor[0].numel), strict=True):
             buffer.raw[:] = raw
     check_merge(layer, [0.3, 0.6], [EdgeBuffer(dtype, tensor[0].numel, at_end) for tensor in layer])
-    TRITON.layer_gram(table_of(layer), np.zeros((4, 3, 3)))
-    TRITON.layer_nonfinite(table_of(layer))
+    TRITON.layer_gram(layer_table_of(layer), np.zeros((4, 3, 3)))
+    TRITON.layer_nonfinite(layer_table_of(layer))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-38, 1e-44, 1e18, 1e30])
@@ -177,7 +159,7 @@ def test_gram_outside_of_the_range_of_fp32(scale):
     layer = [[buffer_of(encode(v, F32), F32) for v in values], make_layer(rng, (F32,) * 3, (9000,))[0]]
     gram = np.zeros((2, 3, 3))
     with np.errstate(all="ignore"):
-        TRITON.layer_gram(table_of(layer), gram)
+        TRITON.layer_gram(layer_table_of(layer), gram)
     expected = reference.layer_gram(operands(layer), True)
     assert gram_error(gram, expected) < GRAM_RANDOM
     assert gram[0, 2, 2] == 0
@@ -187,7 +169,7 @@ def test_gram_of_constants():
     """All roundings go one way: the bound of the contract holds, with room for what it derives."""
     layer = [[buffer_of(encode(np.full(8192, v), F32), F32) for v in (0.1, 0.3, 0.7)]]
     gram = np.zeros((1, 3, 3))
-    TRITON.layer_gram(table_of(layer), gram)
+    TRITON.layer_gram(layer_table_of(layer), gram)
     assert gram_error(gram, reference.layer_gram(operands(layer), True)) < GRAM_BOUND
 
 
@@ -196,7 +178,7 @@ def test_gram_is_added_to_and_nan_spreads():
     layer = make_layer(rng, (BF16,) * 3, (5000, 100))
     layer[1][2].raw[:2] = encode(np.array([np.nan]), BF16)
     gram = np.full((2, 3, 3), 2.0)
-    TRITON.layer_gram(table_of(layer), gram)
+    TRITON.layer_gram(layer_table_of(layer), gram)
     expected = reference.layer_gram(operands(layer), True)
     assert gram_error(gram[:1] - 2.0, expected[:1]) < 1e-5  # 2 + 0.02 is rounded
     assert np.array_equal(np.isnan(gram[1]), np.isnan(expected[1]))
@@ -207,7 +189,7 @@ def test_gram_of_many_models(has_base):
     """More operands than one launch takes."""
     layer = make_layer(np.random.default_rng(7), (BF16,) * 12, (1500, 3), has_base=has_base)
     gram = np.zeros((2, 12, 12))
-    TRITON.layer_gram(table_of(layer, has_base), gram)
+    TRITON.layer_gram(layer_table_of(layer, has_base), gram)
     assert gram_error(gram, reference.layer_gram(operands(layer), has_base)) < GRAM_RANDOM
 
 
@@ -221,7 +203,7 @@ def test_nonfinite_elements_are_counted_and_found():
     layer = make_layer(np.random.default_rng(10), (BF16, F64, F32, F16), (1, 5000, 33), raws=special_values)
     layer += make_layer(np.random.default_rng(11), (BF16, F64, F32, F16), (0, 3000))
     layer[4][2].raw[2999 * 4 :] = encode(np.array([-np.inf]), F32)
-    counts, firsts = TRITON.layer_nonfinite(table_of(layer))
+    counts, firsts = TRITON.layer_nonfinite(layer_table_of(layer))
     expected = [[reference.count_nonfinite(*b.operand) for b in tensor] for tensor in layer]
     assert np.array_equal(np.stack([counts, firsts], axis=-1), expected)
 
@@ -235,10 +217,10 @@ def test_columns(dtypes, columns):
     layer = make_layer(rng, dtypes, (35, 49 * 7, 500), misalignments=(0, 2) if F64 not in dtypes else (0,))
     tables = [rng.normal(0.4, 0.3, (c, 2)) for c in columns]
     out = [Buffer(dtypes[0], tensor[0].numel) for tensor in layer]
-    TRITON.column_merge(table_of(layer), np.array(columns), tables, out_table_of(out))
+    TRITON.column_merge(layer_table_of(layer), np.array(columns), tables, out_table_of(out))
     expected = reference_rows.column_merge(operands(layer), columns, tables, [dtypes[0]] * 3, True)
     assert not [k for k in range(3) if differing(out[k].raw, expected[k], dtypes[0]).size]
-    grams = TRITON.column_gram(table_of(layer), np.array(columns))
+    grams = TRITON.column_gram(layer_table_of(layer), np.array(columns))
     for gram, want in zip(grams, reference_rows.column_gram(operands(layer), columns, True), strict=True):
         assert gram_error(gram, want) < 1e-11
 
@@ -248,7 +230,7 @@ def test_row_divergence():
 
     layer = make_layer(np.random.default_rng(13), (BF16, BF16), (35, 0, 2500))
     columns = np.array([7, 1, 50])
-    found = TRITON.layer_row_divergence(table_of(layer), columns)
+    found = TRITON.layer_row_divergence(layer_table_of(layer), columns)
     expected = reference_rows.layer_row_divergence(operands(layer), columns.tolist())
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
@@ -262,7 +244,7 @@ def test_share_of_squares(num_models, exponent):
     from metagpt_fast.methods.metagpt import share_of_squares
 
     rng = np.random.default_rng(14)
-    layer = table_of(make_layer(rng, (BF16,) * (num_models + 1), [3] * 70))
+    layer = layer_table_of(make_layer(rng, (BF16,) * (num_models + 1), [3] * 70))
     gram = np.zeros((70, num_models + 1, num_models + 1))
     diagonal = np.einsum("kii->ki", gram)
     diagonal[:, 1:] = rng.random((70, num_models)) * 10.0 ** rng.integers(-30, 30, (70, 1))

@@ -13,7 +13,16 @@ from metagpt_fast.dtypes import BF16, F16, F32, F64
 from metagpt_fast.kernels.masks import number_of, random_numbers
 from metagpt_fast.reference_masks import philox4x32
 
-from .arrays import Buffer, decode, differing, dtype_names, encode, make_layer, random_special
+from .arrays import (
+    Buffer,
+    decode,
+    differing,
+    dtype_names,
+    encode,
+    make_layer,
+    special_values,
+)
+from .kernel_calls import layer_table_of
 from .sparse_calls import (
     ALL,
     BAND,
@@ -32,7 +41,6 @@ from .sparse_calls import (
     random_election,
     random_masks,
     random_ranks,
-    table_of,
 )
 
 TRITON = TritonBackend("cpu")
@@ -45,10 +53,6 @@ CASES = [
     ((F16,) * 2, "variance"),
     ((BF16,) * 9, "magnitude"),
 ]
-
-
-def special_values(rng, dtypes, numel, *, has_base=True):
-    return [random_special(rng, dtype, numel) for dtype in dtypes]
 
 
 def quantized(rng, dtypes, numel, *, has_base=True):
@@ -66,7 +70,7 @@ def test_threshold(dtypes, kind):
         layer += make_layer(rng, dtypes, (260,), raws=raws)
     keys = Keys(layer, KINDS[kind])
     ranks = random_ranks(rng, layer, keys)
-    table = table_of(layer)
+    table = layer_table_of(layer)
     with np.errstate(all="ignore"):
         found = TRITON.layer_threshold(table, *keys.arguments, ranks)
         nonzero = TRITON.layer_count_nonzero(table, *keys.arguments)
@@ -86,7 +90,7 @@ def test_elections_and_moments(dtypes, kind):
     keys = Keys(layer, KINDS[kind])
     masks = random_masks(rng, layer, keys, [ALL, BAND, RANDOM, RANKED, NEAR])
     election = random_election(rng, layer)
-    table = table_of(layer)
+    table = layer_table_of(layer)
     for out_dtype in (dtypes[0], F64):
         out, expected = ([Buffer(out_dtype, tensor[0].numel) for tensor in layer] for _ in range(2))
         with np.errstate(all="ignore"):
@@ -116,7 +120,7 @@ def test_drop_masks_are_those_of_the_cpu_kernels(stream):
     masks.probabilities[:] = 1 << 31
     masks.streams[:] = stream
     election = random_election(np.random.default_rng(4), layer, plain=True)
-    table = table_of(layer)
+    table = layer_table_of(layer)
     out, expected = ([Buffer(F32, tensor[0].numel) for tensor in layer] for _ in range(2))
     TRITON.layer_elect(table, masks, election, out_table_of(out))
     CPU.layer_elect(table, masks, election, out_table_of(expected))

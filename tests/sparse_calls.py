@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from metagpt_fast import _native
 from metagpt_fast.backends import make_backend
-from metagpt_fast.backends.tables import LayerElection, LayerTable, MaskTable, OutputTable, layer_table, output_table
+from metagpt_fast.backends.tables import LayerElection, MaskTable, OutputTable, output_table
 
 from .arrays import FloatArray, buffer_of
-from .kernel_calls import BufferLayer, HasAddress, kernels
+from .kernel_calls import BufferLayer, HasAddress, kernels, layer_table_of
 
 CPU = make_backend("cpu")
 REFERENCE = make_backend("reference")
@@ -31,12 +31,6 @@ def every_setting() -> Iterator[str]:
     for isa, num_threads in itertools.product(ISAS, THREADS):
         with kernels(isa=isa, num_threads=num_threads):
             yield f"{isa=} {num_threads=}"
-
-
-def table_of(layer: BufferLayer) -> LayerTable:
-    """Return the table of a layer with a base."""
-    places = [[(b.address, b.descriptor, b.dtype.code) for b in tensor] for tensor in layer]
-    return layer_table(places, [tensor[0].numel for tensor in layer], True)
 
 
 def out_table_of(out: Sequence[HasAddress]) -> OutputTable:
@@ -108,7 +102,7 @@ def random_masks(rng: np.random.Generator, layer: BufferLayer, keys: Keys, kinds
     masks = empty_masks(layer, keys)
     masks.kinds[:] = rng.choice(kinds, masks.kinds.shape)
     ranks = np.sort(random_ranks(rng, layer, keys, 2), axis=2)
-    found, where = REFERENCE.layer_threshold(table_of(layer), *keys.arguments, ranks)
+    found, where = REFERENCE.layer_threshold(layer_table_of(layer), *keys.arguments, ranks)
     masks.keys[:], masks.indices[:] = found, where  # one row of a variance serves every model
     empty = rng.random(masks.kinds.shape) < 0.1
     masks.keys[empty], masks.indices[empty] = masks.keys[empty][:, ::-1], masks.indices[empty][:, ::-1]

@@ -16,13 +16,13 @@ from metagpt_fast.dtypes import BF16, F16, F32, F64
 
 from .arrays import (
     FLOATS,
-    Buffer,
     EdgeBuffer,
     buffer_of,
     differing,
     dtype_names,
     encode,
     make_layer,
+    make_out,
     nonfinite,
     random_special,
     weights,
@@ -88,11 +88,6 @@ def check_gram(layer, columns, *, has_base=True):
 def assert_same_bits(first, results, what):
     for a, b in zip(first, results, strict=True):
         assert np.array_equal(a, b, equal_nan=True), f"{what} differs from {ISAS[0]} at {np.argwhere(a != b)[:3]}"
-
-
-def make_out(layer, out_dtypes, misalignments=(0,)):
-    turns = zip(layer, itertools.cycle(out_dtypes), itertools.cycle(misalignments), strict=False)
-    return [Buffer(dtype, tensor[0].numel, shift) for tensor, dtype, shift in turns]
 
 
 def random_coefficients(rng, columns, num_models):

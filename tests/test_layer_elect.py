@@ -12,9 +12,20 @@ from hypothesis import strategies as st
 
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 
-from .arrays import BLOCK_SIZES, FLOATS, SMALL_SIZES, Buffer, decode, differing, dtype_names, make_layer
+from .arrays import (
+    BLOCK_SIZES,
+    FLOATS,
+    SMALL_SIZES,
+    bit_patterns,
+    decode,
+    differing,
+    dtype_names,
+    make_layer,
+    make_out,
+    special_values,
+)
 from .arrays import nonfinite as is_nonfinite
-from .kernel_calls import FileBuffer
+from .kernel_calls import FileBuffer, layer_table_of
 from .sparse_calls import (
     ALL,
     BAND,
@@ -31,9 +42,8 @@ from .sparse_calls import (
     out_table_of,
     random_election,
     random_masks,
-    table_of,
 )
-from .test_layer_threshold import LARGE, bit_patterns, special_values
+from .test_layer_threshold import LARGE
 
 DTYPES = [
     *((dtype,) * num for dtype, num in ((BF16, 2), (BF16, 3), (BF16, 4), (F32, 5), (F16, 6), (F64, 3))),
@@ -42,20 +52,14 @@ DTYPES = [
 ALL_KINDS = (ALL, BAND, RANDOM, RANKED, NEAR)
 
 
-def make_out(layer, dtypes, misalignments=(0,)):
-    """Poisoned outputs for the layer; dtypes and misalignments in turn."""
-    turns = zip(layer, itertools.cycle(dtypes), itertools.cycle(misalignments), strict=False)
-    return [Buffer(dtype, tensor[0].numel, shift) for tensor, dtype, shift in turns]
-
-
 def check(layer, masks, election, out):
     """Compare every setting with the reference: each bit of the output, its guards, the non-finite counts."""
     expected = make_out(layer, [buffer.dtype for buffer in out])
-    REFERENCE.layer_elect(table_of(layer), masks, election, out_table_of(expected))
+    REFERENCE.layer_elect(layer_table_of(layer), masks, election, out_table_of(expected))
     for setting in every_setting():
         for buffer in out:
             buffer.poison()
-        counts = CPU.layer_elect(table_of(layer), masks, election, out_table_of(out)).num_nonfinite
+        counts = CPU.layer_elect(layer_table_of(layer), masks, election, out_table_of(out)).num_nonfinite
         for k, (buffer, want) in enumerate(zip(out, expected, strict=True)):
             text = f"{setting} tensor {k} of {buffer.numel}, {[str(b.dtype) for b in layer[k]]} -> {buffer.dtype}"
             wrong = differing(buffer.raw, want.raw, buffer.dtype)[:3]
@@ -118,14 +122,14 @@ def test_masks_that_layer_moments_left(mask):
     masks = random_masks(rng, layer, keys, [mask])
     room = [[np.full(-(-tensor[0].numel // 64), 2**64 - 1, np.uint64) for _ in range(3)] for tensor in layer]
     bits = np.array([[each.ctypes.data for each in row] for row in room], np.uint64)
-    CPU.layer_moments(table_of(layer), replace(masks, bits=bits))
+    CPU.layer_moments(layer_table_of(layer), replace(masks, bits=bits))
     # What the masks are made of is gone; only the bits can tell.
     election = random_election(rng, layer)
     out, expected = make_out(layer, [BF16]), make_out(layer, [BF16])
-    REFERENCE.layer_elect(table_of(layer), masks, election, out_table_of(expected))
+    REFERENCE.layer_elect(layer_table_of(layer), masks, election, out_table_of(expected))
     for setting in every_setting():
         forgotten = replace(masks, keys=np.zeros_like(masks.keys), streams=np.zeros_like(masks.streams), bits=bits)
-        CPU.layer_elect(table_of(layer), forgotten, election, out_table_of(out))
+        CPU.layer_elect(layer_table_of(layer), forgotten, election, out_table_of(out))
         for buffer, want in zip(out, expected, strict=True):
             assert not differing(buffer.raw, want.raw, BF16).size, setting
 
@@ -142,10 +146,10 @@ def test_files(tmp_path):
     ]
     targets = [FileBuffer(tmp_path / f"out-{k}", tensor[0], 5) for k, tensor in enumerate(layer)]
     expected = make_out(layer, [BF16])
-    REFERENCE.layer_elect(table_of(layer), masks, election, out_table_of(expected))
+    REFERENCE.layer_elect(layer_table_of(layer), masks, election, out_table_of(expected))
     try:
         for setting in every_setting():
-            CPU.layer_elect(table_of(files), masks, election, out_table_of(targets))
+            CPU.layer_elect(layer_table_of(files), masks, election, out_table_of(targets))
             for target, want in zip(targets, expected, strict=True):
                 assert not differing(target.raw, want.raw, BF16).size, setting
                 assert target.guards_intact()

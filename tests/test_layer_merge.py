@@ -17,17 +17,18 @@ from .arrays import (
     FLOATS,
     LARGE_SIZES,
     SMALL_SIZES,
-    Buffer,
     EdgeBuffer,
+    bit_patterns,
     buffer_of,
     decode,
     differing,
     dtype_names,
     encode,
+    halfway,
     make_layer,
+    make_out,
     nonfinite,
-    random_bits,
-    random_special,
+    special_values,
     weights,
 )
 from .kernel_calls import FileBuffer, kernels, merge, operands
@@ -61,27 +62,7 @@ COEFFICIENTS = [
 ]
 
 
-def special_values(rng, dtypes, numel, *, has_base=True):
-    return [random_special(rng, dtype, numel) for dtype in dtypes]
-
-
-def bit_patterns(rng, dtypes, numel, *, has_base=True):
-    return [random_bits(rng, dtype, numel) for dtype in dtypes]
-
-
-def ties(rng, dtypes, numel, *, has_base=True):
-    """Numbers of few bits and similar size, whose sums often lie halfway between two half values."""
-    values = rng.integers(-600, 600, (len(dtypes), numel)) * 2.0 ** rng.integers(-10, -2, (len(dtypes), numel))
-    return [encode(v, dtype) for v, dtype in zip(values, dtypes, strict=True)]
-
-
-KINDS = {"weights": weights, "special": special_values, "bits": bit_patterns, "ties": ties}
-
-
-def make_out(layer, out_dtypes, misalignments=(0,)):
-    """Poisoned outputs for the layer; dtypes and misalignments in turn."""
-    turns = zip(layer, itertools.cycle(out_dtypes), itertools.cycle(misalignments), strict=False)
-    return [Buffer(dtype, tensor[0].numel, shift) for tensor, dtype, shift in turns]
+KINDS = {"weights": weights, "special": special_values, "bits": bit_patterns, "ties": halfway}
 
 
 def check(layer, coefficients, out, *, has_base=True, expected=None):

@@ -9,7 +9,8 @@ import pytest
 
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 
-from .arrays import BLOCK_SIZES, SMALL_SIZES, dtype_names, make_layer
+from .arrays import BLOCK_SIZES, SMALL_SIZES, dtype_names, make_layer, special_values
+from .kernel_calls import layer_table_of
 from .sparse_calls import (
     ALL,
     BAND,
@@ -25,9 +26,8 @@ from .sparse_calls import (
     every_setting,
     moments_scale,
     random_masks,
-    table_of,
 )
-from .test_layer_threshold import LARGE, special_values
+from .test_layer_threshold import LARGE
 from .tolerances import MOMENTS
 
 DTYPES = [(BF16,) * 4, (F32,) * 2, (F64, BF16, F32), (F32, BF16, F16, BF16, F32, BF16)]
@@ -36,10 +36,10 @@ ALL_KINDS = (ALL, BAND, RANDOM, RANKED, NEAR)
 
 def check(layer, masks):
     """Compare with the reference; all settings have to give the same bits."""
-    expected = REFERENCE.layer_moments(table_of(layer), masks)
+    expected = REFERENCE.layer_moments(layer_table_of(layer), masks)
     first = None
     for setting in every_setting():
-        moments = CPU.layer_moments(table_of(layer), masks)
+        moments = CPU.layer_moments(layer_table_of(layer), masks)
         first = moments if first is None else first
         np.testing.assert_array_equal(moments, first, err_msg=setting)  # the same bits, NaN included
     finite = np.isfinite(expected)
@@ -82,11 +82,11 @@ def test_the_bits_that_are_kept(mask):
     layer = make_layer(rng, (BF16,) * 3, (1, 63, 64, 65, 4097, 262145))
     keys = Keys(layer)
     masks = random_masks(rng, layer, keys, [mask])
-    plain = CPU.layer_moments(table_of(layer), masks)
+    plain = CPU.layer_moments(layer_table_of(layer), masks)
     for setting in every_setting():
         room = [[np.full(-(-tensor[0].numel // 64), 2**64 - 1, np.uint64) for _ in range(2)] for tensor in layer]
         bits = np.array([[each.ctypes.data for each in row] for row in room], np.uint64)
-        moments = CPU.layer_moments(table_of(layer), replace(masks, bits=bits))
+        moments = CPU.layer_moments(layer_table_of(layer), replace(masks, bits=bits))
         np.testing.assert_array_equal(moments, plain, err_msg=setting)
         kept = [[int(np.unpackbits(each.view(np.uint8)).sum()) for each in row] for row in room]
         assert kept == plain[..., 0].astype(int).tolist(), setting

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 
-from .arrays import SMALL_SIZES, buffer_of, dtype_names, encode, make_layer, random_bits, random_special
+from .arrays import (
+    SMALL_SIZES,
+    bit_patterns,
+    buffer_of,
+    dtype_names,
+    encode,
+    make_layer,
+    special_values,
+)
+from .kernel_calls import layer_table_of
 from .sparse_calls import (
     CPU,
     IMPORTANCE,
@@ -21,7 +30,6 @@ from .sparse_calls import (
     Keys,
     every_setting,
     random_ranks,
-    table_of,
 )
 
 KINDS = (MAGNITUDE, VARIANCE, IMPORTANCE)
@@ -29,17 +37,9 @@ LARGE = 524_291  # three of the pieces that threads take
 DTYPES = [(BF16,) * 4, (F16,) * 3, (F32,) * 2, (F64, BF16, F32), (F32, BF16, F16, BF16, F32), (BF16, F32)]
 
 
-def special_values(rng, dtypes, numel, *, has_base=True):
-    return [random_special(rng, dtype, numel) for dtype in dtypes]
-
-
-def bit_patterns(rng, dtypes, numel, *, has_base=True):
-    return [random_bits(rng, dtype, numel) for dtype in dtypes]
-
-
 def check(layer, keys, ranks):
     """Compare every setting with the reference: keys, indices, and how many keys are not 0."""
-    table = table_of(layer)
+    table = layer_table_of(layer)
     expected = REFERENCE.layer_threshold(table, *keys.arguments, ranks)
     nonzero = REFERENCE.layer_count_nonzero(table, *keys.arguments)
     for setting in every_setting():
@@ -124,7 +124,7 @@ def test_ranks_are_a_permutation():
     numel = 300
     layer = [[buffer_of(encode(np.round(rng.normal(size=numel) * 4), BF16), BF16) for _ in range(2)]]
     ranks = np.arange(numel, dtype=np.int64).reshape(1, 1, -1)
-    found, where = CPU.layer_threshold(table_of(layer), *Keys(layer).arguments, ranks)
+    found, where = CPU.layer_threshold(layer_table_of(layer), *Keys(layer).arguments, ranks)
     assert sorted(where.ravel().tolist()) == list(range(numel))
     places = list(zip((-found.astype(np.int64)).ravel().tolist(), where.ravel().tolist(), strict=True))
     assert all(first < second for first, second in itertools.pairwise(places))
@@ -134,4 +134,4 @@ def test_ranks_are_a_permutation():
 def test_ranks_outside_are_refused(rank):
     layer = make_layer(np.random.default_rng(6), (F32, F32), (10,))
     with pytest.raises(ValueError, match="rank"):
-        CPU.layer_threshold(table_of(layer), *Keys(layer).arguments, np.full((1, 1, 1), rank, np.int64))
+        CPU.layer_threshold(layer_table_of(layer), *Keys(layer).arguments, np.full((1, 1, 1), rank, np.int64))

@@ -11,7 +11,16 @@ from metagpt_fast.dtypes import F32
 from metagpt_fast.reference_masks import KeyRule, MaskRule, masks_of
 
 from .arrays import buffer_of, decode
-from .sparse_calls import CERTAIN, CPU, RANKED, Keys, empty_masks, every_setting, out_table_of, table_of
+from .kernel_calls import layer_table_of
+from .sparse_calls import (
+    CERTAIN,
+    CPU,
+    RANKED,
+    Keys,
+    empty_masks,
+    every_setting,
+    out_table_of,
+)
 
 SHAPES = [
     *((1, 1), (1, 70), (2, 333), (3, 1000), (5, 1), (5, 601), (63, 20), (64, 9), (65, 33)),
@@ -66,10 +75,10 @@ def test_what_is_kept_has_the_ranks_of_a_sort(columns, rows, kind):
     ]
     sums = sum_of_kept(len(layer))
     for setting in every_setting():
-        moments = CPU.layer_moments(table_of(layer), masks)
+        moments = CPU.layer_moments(layer_table_of(layer), masks)
         assert moments[:, 0, 0].tolist() == [mask.sum() for mask in kept], setting
         out = [buffer_of(zeros.view(np.uint8), F32) for _ in layer]
-        CPU.layer_elect(table_of(layer), masks, sums, out_table_of(out))
+        CPU.layer_elect(layer_table_of(layer), masks, sums, out_table_of(out))
         for delta, mask, buffer in zip(deltas, kept, out, strict=True):
             seen = np.isfinite(delta) & (delta != 0)
             np.testing.assert_array_equal((decode(buffer.raw, F32) != 0)[seen], mask[seen] > 0, err_msg=setting)
