@@ -13,7 +13,7 @@ import numpy as np
 from .. import reference, reference_elect, reference_masks, reference_moments, reference_rows, reference_threshold
 from .._native import crc32c, file_operand_error
 from ..dtypes import DTYPES, DType
-from .tables import MEMORY, Written, rows_of
+from .tables import MEMORY, Written, add_grams, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -69,9 +69,7 @@ class ReferenceBackend:
         grams = [
             reference_rows.column_gram([_operands(layer, k)], [int(columns[k])], layer.has_base)[0] for k in tensors
         ]
-        if gram is None:
-            return grams
-        return [np.add(total, added, out=total) for total, added in zip(gram, grams, strict=True)]
+        return add_grams(grams, gram)
 
     def column_merge(
         self,

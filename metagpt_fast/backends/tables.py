@@ -164,6 +164,15 @@ def rows_of(layer: LayerTable, columns: NDArray[np.int64]) -> NDArray[np.int64]:
     return layer.numels // divisors
 
 
+def add_grams(
+    grams: Sequence[NDArray[np.float64]], totals: Sequence[NDArray[np.float64]] | None
+) -> list[NDArray[np.float64]]:
+    """Return K arrays of Gram matrices, added to ``totals`` in place if there are such."""
+    if totals is None:
+        return list(grams)
+    return [np.add(total, added, out=total) for total, added in zip(totals, grams, strict=True)]
+
+
 def addresses_of(arrays: Sequence[NDArray[np.float64]], shapes: Sequence[tuple[int, ...]]) -> NDArray[np.uint64]:
     """Return where K arrays lie; the kernels see nothing but their addresses.
 

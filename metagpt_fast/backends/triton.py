@@ -9,7 +9,7 @@ import numpy as np
 
 from . import triton_columns, triton_launches, triton_sparse
 from .device_memory import DeviceMemory
-from .tables import Written, rows_of
+from .tables import Written, add_grams, rows_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -90,10 +90,7 @@ class TritonBackend:
     ) -> list[NDArray[np.float64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         rows_of(layer, columns)
-        grams = triton_columns.gram(self._memory, layer, columns)
-        if gram is None:
-            return grams
-        return [np.add(total, added, out=total) for total, added in zip(gram, grams, strict=True)]
+        return add_grams(triton_columns.gram(self._memory, layer, columns), gram)
 
     def column_merge(
         self,
