@@ -31,7 +31,7 @@ class Every(Method):
     scale: float | None = parameter(None, "", type=float)
 
     def solve(self, gram, has_base):
-        raise NotImplementedError
+        raise AssertionError("recipes are read and resolved here, nothing is merged")
 
 
 def method_with(base: str, **attributes: object) -> type[Method]:

@@ -11,69 +11,21 @@ import pytest
 from click.testing import CliRunner
 
 import metagpt_fast as mf
-from metagpt_fast._native import crc32c
 from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 from metagpt_fast.safetensors_file import read_header
 
 from .checkpoints import integers, random_states, tensor, three_models, write_family, write_state
+from .damaged_outputs import edit_json, flip, forge, merged, out, problems_of
 from .test_every_method import CASES, DTYPES, NUM_MODELS, SHAPES, case_id
+
+__all__ = ["merged", "out"]  # fixtures
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     return write_family(folder, random_states(5, DTYPES, SHAPES), num_shards=2, misalignment=3)
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    """An output of several shards, with an excluded tensor; copy it before breaking it."""
-    folder = tmp_path_factory.mktemp("merged")
-    base, models = write_family(folder, random_states(8, [(BF16,)] * 4))
-    mf.merge(base, models, folder / "out", exclude="lm_head", max_shard_size=4096 * 3)
-    return folder / "out"
-
-
-@pytest.fixture
-def out(merged, tmp_path):
-    shutil.copytree(merged, tmp_path / "out")
-    record = tmp_path / "out" / "metagpt_fast.json"
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
-    assert json.loads(record.read_text())["output"]["shards"]
-    return tmp_path / "out"
-
-
-def edit_json(path, edit):
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
-
-
-def flip(path, offset, bit=0):
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1 << bit]))
-
-
-def problems_of(report, kind):
-    return [problem for problem in report.problems if problem.kind == kind]
-
-
-def forge(out):
-    """Make the record agree with the files, as who tampers with both would."""
-
-    def edit(content):
-        for shard in content["output"]["shards"]:
-            raw = (out / shard["name"]).read_bytes()
-            offsets = {source.name: source.data_offset for source in read_header(out / shard["name"]).tensors}
-            for each in shard["tensors"]:
-                each["crc32c"] = f"{crc32c(raw[offsets[each['name']] :][: each['nbytes']]):08x}"
-            shard.update(nbytes=len(raw), crc32c=f"{crc32c(raw):08x}")
-
-    edit_json(out / "metagpt_fast.json", edit)
 
 
 @pytest.mark.parametrize(("method", "parameters"), CASES, ids=case_id)
@@ -355,72 +307,6 @@ def test_records_without_checksums(out):
     source = read_header(sorted(out.glob("*.safetensors"))[0]).tensors[0]
     flip(source.path, source.data_offset)
     assert problems_of(mf.verify(out), "tensor")[0].tensor == source.name
-
-
-def recorded(**changes):
-    return {"name": "a", "nbytes": 1, "crc32c": "00000000", "tensors": [], **changes}
-
-
-BROKEN_RECORDS = {
-    "not JSON": "{",
-    "a list": "[]",
-    "empty": "{}",
-    "a shard outside": {"output": {"shards": [recorded(name="../model.safetensors")]}},
-    "a shard twice": {"output": {"shards": [recorded()] * 2}},
-    "a negative size": {"output": {"shards": [recorded(nbytes=-1)]}},
-    "a size beyond int64": {"output": {"shards": [recorded(nbytes=1 << 63)]}},
-    "a checksum of seven digits": {"output": {"shards": [recorded(crc32c="0000000")]}},
-    "a checksum that is a number": {"output": {"shards": [recorded(crc32c=0)]}},
-    "tensors larger than their file": {
-        "output": {"shards": [recorded(tensors=[{"name": "t", "nbytes": 2, "crc32c": "00000000"}])]}
-    },
-    "a tensor without a checksum": {"output": {"shards": [recorded(tensors=[{"name": "t", "nbytes": 1}])]}},
-    "no shards": {"output": {"shards": []}},
-    "shards are texts": {"output": {"shards": "model.safetensors"}},
-    "scopes": {"scopes": []},
-    "coefficients": {"coefficients": [["1"]]},
-    "a coefficient beyond float64": {"coefficients": [[10**400]]},
-    "fingerprints": {"fingerprints": [1]},
-    "models": {"models": [1]},
-}
-
-
-@pytest.mark.parametrize("change", BROKEN_RECORDS.values(), ids=BROKEN_RECORDS)
-def test_broken_records_are_refused(out, change):
-    path = out / "metagpt_fast.json"
-    if isinstance(change, str):
-        path.write_text(change)
-    else:
-        edit_json(path, lambda content: content.update(change))
-    with pytest.raises(mf.CheckpointError, match="record"):
-        mf.verify(out)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"method": "no_such_method"},
-        {"parameters": {"exponent": "high"}},
-        {"granularity": "galaxy"},
-        {"exclude": "("},
-        {"out_dtype": "q4"},
-        {"backend": "gpu"},
-        {"recipe": "merge_method: ["},
-        {"recipe": "merge_method: \ud800"},
-        {"recipe": "merge_method: ties\0"},
-        {"recipe": "#" * (1 << 20) + "!"},
-        {"base": "a\0b"},
-        {"out": "../../../etc"},
-        {"scopes": ["other"]},
-    ],
-    ids=case_id,
-)
-def test_records_that_make_no_sense(out, change):
-    """One message, as a note or as a problem, and no exception."""
-    edit_json(out / "metagpt_fast.json", lambda content: content.update(change))
-    report = mf.verify(out, full=True)
-    assert len(report.problems) <= 1, report.problems
-    assert bool(report.problems) == ("out" not in change and "scopes" not in change)
 
 
 def test_the_command(out, tmp_path):
