@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,16 @@ _POOL_NUMEL = 1 << 20
 _MIB = 1 << 20
 
 FloatArray = NDArray[np.float32]
+
+
+class ModelShape(Protocol):
+    """What a family is made from: the tensors of a model, and its config.json."""
+
+    def tensors(self, dtype: DType) -> list[OutputTensor]:
+        """Return every tensor of the model, in the order of its layers."""
+
+    def config(self, dtype: DType) -> dict[str, object]:
+        """Return the content of config.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +150,7 @@ class Family:
 def make_family(
     folder: str | Path,
     *,
-    shape: LlamaShape,
+    shape: ModelShape,
     names: Sequence[str] = NAMES,
     task_vector_sigmas: Sequence[float] = TASK_VECTOR_SIGMAS,
     max_shard_nbytes: int,

@@ -49,6 +49,7 @@ METRICS: dict[str, Meaning] = {
     "seconds_after_planning": Meaning("s", "lower"),
     "speedup_after_planning": Meaning("x", "higher", is_portable=True),
     "peak_above_imports_mb": Meaning("MB", "lower", is_portable=True),
+    "gflop_per_s": Meaning("GFLOP/s", None),
     "percent_cached": Meaning("%", None),
 }
 
@@ -84,7 +85,7 @@ class Row:
     """One thing that was measured.
 
     Attributes:
-        suite: ``kernels``, ``merge``, ``methods``, ``mergekit`` or ``startup``.
+        suite: ``kernels``, ``merge``, ``methods``, ``mergekit``, ``startup``, ``scale`` or ``ceilings``.
         name: unique within the suite; the same in every result, so that two can be compared.
         parameters: what the name stands for, as plain values.
         metrics: by name in ``METRICS``.

@@ -19,6 +19,7 @@ _SHOWN = {
     "mergekit": ("seconds", "speedup_mergekit_fast", "seconds_after_planning", "speedup_after_planning",
                  "peak_anonymous_mb", "peak_above_imports_mb"),
     "startup": ("seconds",),
+    "scale": ("seconds", "gb_per_s", "user_seconds", "system_seconds", "peak_anonymous_mb", "peak_resident_mb"),
 }  # fmt: skip
 _FILE_WIDTH = 180
 HEADINGS = {
