@@ -11,8 +11,11 @@ the read that the processor does before it overwrites a cache line is in neither
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -23,6 +26,7 @@ import pytest
 from baselines import numpy_gram, numpy_merge, torch_gram, torch_merge, torch_tensors
 from benchlib.arrays import DEFAULT_NUMEL, DTYPES, LayerArrays, make_layer_arrays
 from benchlib.machine import available_memory_nbytes
+from benchlib.processes import clean_environment
 from benchlib.rows import Row, Spread, gram_nbytes, merge_nbytes, save_rows
 from numpy.typing import NDArray
 
@@ -37,6 +41,19 @@ _FORMULAS = {
 _CEILINGS = {"layer_gram": "read", "layer_merge": "triad"}
 _DEFAULT_NUM_MODELS = 3
 _SAMPLE_NUMEL = 1 << 16
+_MATRIX_SIZE = 3072
+# In a process of its own, because a BLAS takes its number of threads from the environment when it is loaded.
+_MATRIX_PRODUCTS = f"""
+import json, time
+import numpy as np
+a = np.random.default_rng(0).standard_normal(({_MATRIX_SIZE}, {_MATRIX_SIZE}), np.float32)
+out, seconds = a @ a, []
+for _ in range(11):
+    started = time.perf_counter()
+    np.matmul(a, a, out=out)
+    seconds.append(time.perf_counter() - started)
+print(json.dumps(seconds))
+"""
 
 _rows: list[Row] = []
 # Baselines know no ISA: one measurement serves all of them. By kernel, dtype, T, threads.
@@ -45,9 +62,11 @@ _baseline_seconds: dict[tuple[str, str, int, int], dict[str, float]] = {}
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the cases; sorted so that neighbours share their arrays."""
+    if "kernel" not in metafunc.fixturenames:
+        return
     is_grid = metafunc.config.getoption("grid")
     isas = _native.supported_isas()
-    num_threads = sorted({1, len(os.sched_getaffinity(0))})
+    num_threads = _thread_counts()
     cases = [
         (dtype, num_models, kernel, isa, threads)
         for dtype in (DTYPES if is_grid else ["bf16"])
@@ -58,6 +77,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     ids = [f"{kernel}-{dtype}-T{t}-{isa}-{threads}" for dtype, t, kernel, isa, threads in cases]
     metafunc.parametrize(("dtype", "num_models", "kernel", "isa", "threads"), cases, ids=ids)
+
+
+def _thread_counts() -> list[int]:
+    return sorted({1, len(os.sched_getaffinity(0))})
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +116,22 @@ def _kernel_settings(isa: str, threads: int) -> Iterator[None]:
     yield
     _native.set_isa("auto")
     _native.set_num_threads(0)
+
+
+def test_compute_ceiling() -> None:
+    """Measure how much arithmetic the cores do: for the roofline, not for the kernels' percent."""
+    for threads in _thread_counts():
+        environment = {
+            **clean_environment(),
+            **{f"{library}_NUM_THREADS": str(threads) for library in ("OPENBLAS", "MKL")},
+        }
+        command = [sys.executable, "-c", _MATRIX_PRODUCTS]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        seconds = json.loads(done.stdout)
+        note = "NumPy's float32 matrix product, 3072 x 3072: what a good kernel gets from these cores"
+        facts = {"ceiling": "compute", "threads": threads}
+        metrics = {"gflop_per_s": Spread.of([2 * _MATRIX_SIZE**3 / s / 1e9 for s in seconds])}
+        _rows.append(Row("ceilings", f"compute threads={threads}", facts, metrics, notes=(note,)))
 
 
 @pytest.mark.usefixtures("_kernel_settings")

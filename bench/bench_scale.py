@@ -133,7 +133,7 @@ def measure_point(point: Point, folder: Path, num_rounds: int, tell: Callable[[s
         facts: dict[str, object] = {"sweep": point.sweep, "task": task, "num_parameters": family.num_parameters}
         facts |= {"num_models": count, "num_tensors": len(point.shape.tensors(BF16)), "num_shards": family.num_shards}
         num_reads = _NUM_READS[task]
-        nbytes = family.nbytes * (num_reads * (1 + count) + 1) if num_reads else 0
+        nbytes = 2 * family.num_parameters * (num_reads * (1 + count) + 1) if num_reads else 0
         metrics = usage_metrics(usages)
         if nbytes:
             metrics["gb_per_s"] = Spread.of([nbytes / usage.seconds / 1e9 for usage in usages])

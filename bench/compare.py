@@ -17,6 +17,8 @@ from benchlib.show import HEADINGS, format_spread
 
 # Smaller changes than this are not told from chance, however small the spread of one run is.
 TOLERANCE = 0.03
+# The same where one of the results measured only once, and so knows no spread.
+TOLERANCE_ONCE = 0.10
 _SAME_MACHINE = ("cpu", "num_cores", "isa", "memory_gib")
 
 Judgement = Literal["worse", "better", "same"]
@@ -40,8 +42,12 @@ class Verdict:
 
 
 def judge(metric: str, old: Spread, new: Spread) -> Judgement:
-    """Return whether the metric changed: the spreads do not overlap, and the medians differ by 3 % or more."""
-    if abs(new.median - old.median) < TOLERANCE * abs(old.median):
+    """Return whether the metric changed: the spreads do not overlap, and the medians differ by 3 % or more.
+
+    By 10 % or more where one of them was measured once.
+    """
+    tolerance = TOLERANCE_ONCE if 1 in {old.n, new.n} else TOLERANCE
+    if abs(new.median - old.median) < tolerance * abs(old.median):
         return "same"
     (old_low, old_high), (new_low, new_high) = old.interval, new.interval
     if new_low > old_high:
@@ -87,6 +93,12 @@ def _print(verdicts: Sequence[Verdict], *, shows_all: bool) -> None:
         console.print(table)
     counts = {name: sum(verdict.judgement == name for verdict in verdicts) for name in ("worse", "better", "same")}
     console.print(", ".join(f"{count} {name}" for name, count in counts.items()))
+    if changes := sorted(
+        ((abs(verdict.ratio - 1), verdict) for verdict in verdicts if verdict.old.median), key=lambda change: change[0]
+    ):
+        (half, _), (most, verdict) = changes[len(changes) // 2], changes[-1]
+        furthest = f"{100 * most:.1f} % ({verdict.row}, {HEADINGS[verdict.metric]})"
+        console.print(f"medians differ by {100 * half:.1f} % (the median of all), at most {furthest}", soft_wrap=True)
 
 
 @click.command()

@@ -5,12 +5,14 @@ python bench/table.py RESULT.json [--write README.md]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from benchlib.markdown import markdown_table
 from benchlib.rows import Result, Row
+from benchlib.scale_table import scale_tables
 from benchlib.show import format_number, format_spread
 
 BEGIN, END = "<!-- bench-table -->", "<!-- /bench-table -->"
@@ -36,8 +38,13 @@ def bench_table(result: Result, source: str) -> str:
         parts += [_merge_conditions(of_suite["merge"]), _merge_table(of_suite["merge"])]
     if of_suite["kernels"]:
         parts += [_KERNELS, _kernel_table(of_suite["kernels"])]
+    if rates := [f"{row.name.split(' ')[-1]} {format_spread(row.metrics['gflop_per_s'])}" for row in result.rows
+                 if row.suite == "ceilings"]:  # fmt: skip
+        parts.append(f"NumPy's float32 matrix product, GFLOP/s: {', '.join(rates)}.")
     if of_suite["startup"]:
         parts.append(_startup_table(of_suite["startup"]))
+    if scale := scale_tables(result.rows):
+        parts.append(scale)
     return _with_methods(parts, result)
 
 
@@ -128,7 +135,7 @@ def _merge_table(rows: Sequence[Row]) -> str:
             else:
                 cells.append("")
         lines.append([row.name, *cells])
-    return _markdown(["merge", *columns], lines)
+    return markdown_table(["merge", *columns], lines)
 
 
 def _short_merge_table(rows: Sequence[Row], result: Result) -> str:
@@ -152,7 +159,7 @@ def _short_merge_table(rows: Sequence[Row], result: Result) -> str:
             *(format_number(spread.median) if spread else "" for spread in numbers),
         ])  # fmt: skip
     heads = ["merge", "inputs", "rounds", "s", "reference, s", "ratio", "GB/s", "anonymous MB", "resident MB"]
-    return _markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _inputs(facts: Mapping[str, Any], result: Result) -> str:
@@ -182,7 +189,7 @@ def _kernel_table(rows: Sequence[Row]) -> str:
             *(format_spread(spread) if spread else "" for spread in metrics),
             *(format_number(spread.median) if spread else "" for spread in speedups),
         ])  # fmt: skip
-    return _markdown(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def _startup_table(rows: Sequence[Row]) -> str:
@@ -191,7 +198,7 @@ def _startup_table(rows: Sequence[Row]) -> str:
          ", ".join(row.parameters["imported"]) or "none"]
         for row in rows
     ]  # fmt: skip
-    return _markdown(["start", "s", "heavy imports"], lines)
+    return markdown_table(["start", "s", "heavy imports"], lines)
 
 
 def _startup_sentence(rows: Sequence[Row]) -> str:
@@ -226,13 +233,7 @@ def _method_table(rows: Sequence[Row]) -> str:
             format_number(other.metrics["peak_anonymous_mb"].median) if other else "",
         ])  # fmt: skip
     heads = ["method", "s", "mergekit, s", "x mergekit", "anonymous MB", "mergekit, anonymous MB"]
-    return _markdown(heads, lines)
-
-
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first column is text and whose others are numbers."""
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return markdown_table(heads, lines)
 
 
 @click.command()

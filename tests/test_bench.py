@@ -160,7 +160,10 @@ def test_markers_that_do_not_pair_are_refused(text):
         ("seconds", [1.0, 1.1], [1.2, 1.3], "worse"),
         ("seconds", [1.2, 1.3], [1.0, 1.1], "better"),
         ("seconds", [1.0, 1.2], [1.1, 1.4], "same"),  # the spreads overlap
-        ("seconds", [1.0], [1.02], "same"),  # within the tolerance
+        ("seconds", [1.0, 1.0], [1.02, 1.02], "same"),  # within the tolerance
+        ("seconds", [1.0, 1.0], [1.05, 1.05], "worse"),
+        ("seconds", [1.0], [1.05, 1.06], "same"),  # measured once: no spread is known
+        ("seconds", [1.0], [1.15, 1.16], "worse"),
         ("gb_per_s", [10.0, 11.0], [8.0, 9.0], "worse"),
         ("gb_per_s", [8.0, 9.0], [10.0, 11.0], "better"),
         ("peak_anonymous_mb", [40.0], [80.0], "worse"),
@@ -177,6 +180,7 @@ def test_compare_ends_with_1_only_if_something_got_worse(tmp_path):
     worse = CliRunner().invoke(compare.main, [str(fast), str(slow)])
     assert worse.exit_code == 1
     assert "worse" in worse.output
+    assert "at most 100.0 %" in worse.output
     assert "only in one of them: kernels: layer_gram bf16 T=3 avx2 threads=1" in worse.output
     assert CliRunner().invoke(compare.main, [str(slow), str(fast)]).exit_code == 0
     assert CliRunner().invoke(compare.main, [str(fast), str(fast)]).exit_code == 0

@@ -34,6 +34,12 @@ class Line:
         """Return the line's y."""
         return self.constant + self.slope * x
 
+    def text(self, unit: str) -> str:
+        """Return the line in words for a table or a picture; ``unit`` is that of y."""
+        slope = 0.0 if abs(self.slope) < 1e-9 * abs(self.constant) else self.slope  # what rounding leaves
+        sign = "+" if slope >= 0 else "−"
+        return f"{self.constant:.3g} {sign} {abs(slope):.3g}·x {unit}, within {100 * self.residual:.0f} %"
+
     @classmethod
     def through(cls, points: Sequence[tuple[float, float]]) -> Line:
         """Return the line through points of at least two different x, each y > 0."""

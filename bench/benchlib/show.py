@@ -12,6 +12,7 @@ from benchlib.rows import Row, Spread
 
 _SHOWN = {
     "kernels": ("gb_per_s", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_numpy", "speedup_torch"),
+    "ceilings": ("gflop_per_s",),
     "merge": ("seconds", "ratio_to_reference", "gb_per_s", "user_seconds", "system_seconds", "peak_anonymous_mb",
               "peak_resident_mb"),
     "methods": ("seconds", "speedup_mergekit", "speedup_mergekit_fast", "user_seconds", "system_seconds",
@@ -39,6 +40,7 @@ HEADINGS = {
     "seconds_after_planning": "s after planning",
     "speedup_after_planning": "x mergekit after planning",
     "peak_above_imports_mb": "above imports MB",
+    "gflop_per_s": "GFLOP/s",
     "percent_cached": "% cached",
 }
 
@@ -76,5 +78,5 @@ def print_rows(rows: Sequence[Row]) -> None:
         table.add_column("n", justify="right")
         for row in of_suite:
             cells = [format_spread(row.metrics[name]) if name in row.metrics else "" for name in columns]
-            table.add_row(row.name, *cells, str(row.metrics["seconds"].n))
+            table.add_row(row.name, *cells, str(next(iter(row.metrics.values())).n))
         console.print(table)
