@@ -155,9 +155,12 @@ def _recipe_parts(recipe: Recipe) -> dict[str, Any]:
 
 def _tensors_json(plan: MergePlan) -> bytes:
     tensors = []
+    known: dict[int, dict[str, Any]] = {id(None): {}}  # most plans have few methods, and many tensors
     for each in plan.tensors:
         sources = [source.name for source in each.sources]
-        parameters = {} if each.method is None else each.method.parameters()
+        if each.method is not None and id(each.method) not in known:
+            known[id(each.method)] = each.method.parameters()
+        parameters = known[id(each.method)]
         tensors.append([each.name, each.layer, each.action, each.out_dtype.name, each.columns, sources, parameters])
     return json.dumps([list(plan.labels), tensors]).encode()
 

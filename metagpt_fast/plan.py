@@ -243,7 +243,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint]) ->
             tensors.append(_copy(source))
         else:
             for each in (source, *sources):
-                check_mergeable(each, exclude_hint(each.name))
+                if not each.dtype.is_mergeable:  # else the hint, of every tensor, would be made for nothing
+                    check_mergeable(each, exclude_hint(each.name))
             tensors.append(_merge(recipe, source, sources))
     check_no_extra(recipe.exclude, base, models, labels)
     if not any(tensor.action == "merge" for tensor in tensors):
