@@ -129,11 +129,11 @@ def merges(sources: Sequence[Source]) -> Figure:
     axes.set_xlabel("seconds, process start included")
     colours = {"metagpt-fast": OURS, "plain torch": OTHER, "cat of the inputs, cp of a model": REFERENCE}
     handles = [figure.axes[0].barh([0], [0], color=colour) for colour in colours.values()]
-    figure.legend(handles, list(colours), loc="outside lower right", ncols=3)
     facts = cases[caches[0]][0].parameters
     total = (1 + facts["num_models"]) * facts["model_nbytes"] / 1e9
-    figure.suptitle(f"Merging a base and {facts['num_models']} models of {facts['num_parameters'] / 1e9:.1f} B "
-                    f"parameters, {total:.1f} GB", fontsize=10)  # fmt: skip
+    size = f"{facts['num_parameters'] / 1e9:.1f} B parameters, {total:.1f} GB"
+    figure.legend(handles, list(colours), loc="outside upper center", ncols=3, title_fontsize=10,
+                  title=f"Merging a base and {facts['num_models']} models of {size}")  # fmt: skip
     return figure
 
 
@@ -186,14 +186,26 @@ def scale(sources: Sequence[Source]) -> Figure:
             _draw(memory, each, "peak_resident_mb", colour, "^", None, "MB")
         for axes, top in ((times, 3.2), (memory, 3.6)):
             axes.set(xscale="log", yscale="log", xlabel=words)
+            _plain_ticks(axes)
             low, high = axes.get_ylim()
-            axes.set_ylim(low, high * top)
+            axes.set_ylim(low / 1.1, high * top)
             axes.legend(loc="upper left", fontsize=6)
         times.set_title(sweep, loc="left")
     figure.axes[0].set_ylabel("seconds of the command")
-    figure.axes[len(sweeps)].set_ylabel("peak MB: ● anonymous, ▲ resident")
+    figure.axes[len(sweeps)].set_ylabel("peak MB (circles anonymous, triangles resident)")
     figure.suptitle("How merges grow: medians, and the straight lines through them (axes logarithmic)", fontsize=10)
     return figure
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Label logarithmic axes at 1, 2 and 5 times powers of ten, without exponents."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _draw(axes: Axes, series: Series, metric: str, colour: str, marker: str, line: Line | None, unit: str) -> None:
