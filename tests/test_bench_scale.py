@@ -58,6 +58,7 @@ def test_a_line_needs_three_points():
 def scale_row(*, seconds: float, num_shards: int = 1, task: str = "dry run") -> Row:
     facts = {"sweep": "shards", "task": task, "num_parameters": 10**8, "num_models": 3, "num_tensors": 1024}
     metrics = {"seconds": Spread.of([seconds]), "peak_anonymous_mb": Spread.of([30.0])}
+    metrics |= {"user_seconds": Spread.of([2 * seconds]), "system_seconds": Spread.of([0.5])}
     return Row("scale", f"shards, {num_shards}: {task}", {**facts, "num_shards": num_shards}, metrics)
 
 
@@ -67,7 +68,9 @@ def test_table_has_lines_points_and_plans():
     metrics = {name: Spread.of([0.5]) for name in ("seconds", "peak_anonymous_mb", "peak_resident_mb")}
     llama = Row("scale", "llama 70B: dry run", facts, metrics)
     text = scale_tables([*(scale_row(num_shards=n, seconds=1.0 + n) for n in (1, 4, 16)), llama])
-    assert "| dry run, x shards | 1 + 1·x s, within 0 % | 30 + 0·x MB, within 0 % |  |" in text
+    assert (
+        "| dry run, x shards | 1 + 1·x s, within 0 % | 2.5 + 2·x s, within 0 % | 30 + 0·x MB, within 0 % |  |" in text
+    )
     assert "| shards: dry run | 0.10 B | 3 | 1024 | 4 | 5.00 | 30.0 |  |" in text
     assert "| llama 70B | 70.6 B | 723 | 30 | 0.500 | 0.500 | 0.500 | 1.00 TB | 0.141 TB |" in text
     assert scale_tables([]) == ""

@@ -63,9 +63,14 @@ class Series:
     rows: tuple[Row, ...]
 
     def points(self, metric: str) -> list[tuple[float, float]]:
-        """Return (x in units, median) of the rows that have the metric."""
+        """Return (x in units, median) of the rows that have the metric; ``cpu_seconds`` is user and system time."""
         name, unit, _ = SWEEPS[self.sweep]
-        return [(row.parameters[name] / unit, row.metrics[metric].median) for row in self.rows if metric in row.metrics]
+        parts = ("user_seconds", "system_seconds") if metric == "cpu_seconds" else (metric,)
+        return [
+            (row.parameters[name] / unit, sum(row.metrics[part].median for part in parts))
+            for row in self.rows
+            if all(part in row.metrics for part in parts)
+        ]
 
     def line(self, metric: str) -> Line | None:
         """Return the line through the metric's points; None with fewer than three."""

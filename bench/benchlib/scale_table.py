@@ -10,6 +10,7 @@ from benchlib.rows import Row
 from benchlib.show import format_number, format_spread
 
 _METRICS = {"s": "seconds", "anonymous MB": "peak_anonymous_mb", "resident MB": "peak_resident_mb"}
+_LINES = {"s": "seconds", "CPU s": "cpu_seconds"} | dict(list(_METRICS.items())[1:])
 _WORDS = (
     "How merges grow. A base and three models in bf16, warm, `--no-sync`, process start included; one thing changes in "
     "each sweep. The lines are least squares of the relative deviations; behind them is the largest deviation."
@@ -28,8 +29,8 @@ def scale_tables(rows: Sequence[Row]) -> str:
         for each in series:
             _, _, words = SWEEPS[each.sweep]
             cells = []
-            for unit, metric in (("s", "seconds"), ("MB", "peak_anonymous_mb"), ("MB", "peak_resident_mb")):
-                line = each.line(metric)
+            for head, metric in _LINES.items():
+                line, unit = each.line(metric), head.split(" ")[-1]
                 cells.append(line.text(unit) if line is not None else "")
             lines.append([f"{each.task}, x {words}", *cells])
             for row in each.rows:
@@ -40,7 +41,7 @@ def scale_tables(rows: Sequence[Row]) -> str:
                 points.append([f"{each.sweep}: {each.task}", *map(str, counts),
                                *(format_spread(spread) if spread else "" for spread in metrics)])  # fmt: skip
         heads = ["sweep and command", "parameters", "T", "tensors", "shards", *_METRICS]
-        parts += [_WORDS, markdown_table(["line", *_METRICS], lines), markdown_table(heads, points)]
+        parts += [_WORDS, markdown_table(["line", *_LINES], lines), markdown_table(heads, points)]
     llamas = [row for row in rows if row.suite == "scale" and row.parameters["sweep"] not in SWEEPS]
     if llamas:
         lines = []
