@@ -61,8 +61,12 @@ def main() -> None:
     if arguments.repeat:
         for each in itertools.islice(itertools.cycle(everything), arguments.repeat):
             each()
-        has_leaks = ctypes.CDLL(None).__lsan_do_recoverable_leak_check()
-        print(f"{arguments.repeat} more, {'leaks' if has_leaks else 'no leaks'}")
+        process = ctypes.CDLL(None)
+        has_leaks = process.__lsan_do_recoverable_leak_check()
+        print(f"{arguments.repeat} more, {'leaks' if has_leaks else 'no leaks'}", flush=True)
+        for _ in range(50):  # or nothing is ever found
+            process.malloc(4321)
+        print("lost memory is", "found" if process.__lsan_do_recoverable_leak_check() else "not found")
 
 
 if __name__ == "__main__":
