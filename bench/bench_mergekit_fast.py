@@ -58,7 +58,7 @@ def measure(
     setting = METHOD_RECIPES[method]
     recipe = scratch / f"{method}.yml"
     recipe.write_text(setting.text(method, family, dtype), encoding="utf-8")
-    ours = Side("ours", scratch, ("--quiet",))
+    ours = Side("ours", scratch, ("--quiet", "--no-sync"))  # mergekit waits for no disk either
     theirs = Side("theirs", scratch, mergekit.FAST_OPTIONS)
     names = {ours: f"mergekit-yaml-fast: {method}", theirs: f"mergekit, fast options: {method}"}
     tasks = [
