@@ -20,10 +20,11 @@ sys.path.append(str(ROOT / "bench"))  # behind everything else: its names are pl
 import baselines
 import compare
 import table
-from benchlib.arrays import DTYPES, make_layer_arrays
-from benchlib.page_cache import evict, fill, percent_cached
 from benchlib.processes import ProcessError, run_measured
 from benchlib.rows import Result, Row, Spread, gram_nbytes, load_rows, merge_nbytes, save_rows
+
+from metagpt_fast.benchmarking.arrays import DTYPES, make_layer_arrays
+from metagpt_fast.page_cache import evict, fill, percent_cached
 
 MACHINE = {
     "cpu": "Some CPU",

@@ -18,8 +18,18 @@ PACKAGE = Path(metagpt_fast.__file__).parent
 # Every module, in the layers of docs/design.md: one may import from lower layers, and within its own without a cycle.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
-    ("integrations", "cli", "cli_errors", "cli_inspect", "cli_options", "cli_verify"),
-    ("demo", "console", "progress", "tables", "method_tables", "table_parts", "cli_output", "verify_tables"),
+    ("integrations", "cli", "cli_bench", "cli_errors", "cli_inspect", "cli_options", "cli_verify"),
+    (
+        "demo",
+        "benchmarking",
+        "console",
+        "progress",
+        "tables",
+        "method_tables",
+        "table_parts",
+        "cli_output",
+        "verify_tables",
+    ),
     ("page",),
     ("verifying",),
     ("recomputing", "recorded_merge"),
@@ -37,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reference_masks", "reference_rows"),
     ("reference", "safetensors_file", "pickle_file", "recipe_schema"),
     ("recipe_yaml",),
-    ("untrusted", "quantities", "dtypes", "layer_names", "journal", "_native"),
+    ("untrusted", "quantities", "dtypes", "layer_names", "journal", "page_cache", "_native"),
     ("errors", "_version", "kernels"),
 )
 LEVELS = {module: -level for level, modules in enumerate(LAYERS) for module in modules}
