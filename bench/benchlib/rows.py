@@ -84,7 +84,7 @@ class Row:
     """One thing that was measured.
 
     Attributes:
-        suite: ``kernels``, ``merge``, ``methods``, ``mergekit`` or ``startup``.
+        suite: ``kernels``, ``io``, ``merge``, ``methods``, ``mergekit`` or ``startup``.
         name: unique within the suite; the same in every result, so that two can be compared.
         parameters: what the name stands for, as plain values.
         metrics: by name in ``METRICS``.
