@@ -28,7 +28,7 @@ from metagpt_fast.benchmarking.files import (
 from metagpt_fast.benchmarking.memory import measure_memory, numel_for, round_nbytes
 from metagpt_fast.benchmarking.prediction import BUS, DISK_READ, DISK_WRITE, KERNELS, MEMORY, predict
 from metagpt_fast.benchmarking.rates import BusRates, Rates
-from metagpt_fast.benchmarking.trial import Check, warnings_of
+from metagpt_fast.benchmarking.trial import Check, _WithinPhase, warnings_of
 from metagpt_fast.benchmarking.work import Work
 from metagpt_fast.cli import cli
 from metagpt_fast.errors import BackendError, OutputError, RecipeError
@@ -178,14 +178,30 @@ def test_errors_of_the_command(tmp_path):
     assert CliRunner().invoke(cli, ["bench", "--size", "much"]).exit_code == 2
 
 
+def test_progress_of_a_merge_counts_its_inputs_twice():
+    progress = Recording()
+    progress.start("merge by layer", 40)
+    inner = _WithinPhase(progress)
+    for phase in ("measure", "combine", "measure and combine"):
+        inner.start(phase, 10)
+        inner.advance(10)
+        inner.finish()
+    assert progress.phases == [["merge by layer", 40, 40]]
+
+
+@pytest.mark.parametrize(("sharing", "words"), [(0.0, "the longer of"), (0.5, "50%"), (1.0, "one after the other")])
+def test_reading_and_writing_at_once_in_words(result, capsys, sharing, words):
+    tables.print_bench(replace(result, rates=replace(RATES, sharing=sharing)))
+    assert words in next(line for line in capsys.readouterr().out.splitlines() if "at once" in line)
+
+
 def test_a_wrong_prediction_is_warned_of():
     predicted = predict(Work((G,), 3), RATES, G * 10)
     close, slow, fast = (Check("model", False, predicted, predicted.seconds * factor) for factor in (1.4, 1.6, 1 / 1.6))
     assert [check.is_close for check in (close, slow, fast)] == [True, False, False]
-    warnings = warnings_of([close, slow, fast])
-    assert len(warnings) == 2
-    assert "took 1.60 times the predicted time" in warnings[0]
-    assert "took 0.62 times" in warnings[1]
+    assert warnings_of([close]) == []
+    [warning] = warnings_of([close, slow, fast])
+    assert "1.60 (model, on the disk), 0.62 (model, on the disk) times as long" in warning
 
 
 @pytest.mark.parametrize(

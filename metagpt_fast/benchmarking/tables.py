@@ -74,9 +74,16 @@ def _print_rates(console: Console, result: BenchResult) -> None:
         table.add_row("bus to the GPU", _rate(rates.bus.to_device), rates.bus.name)
         table.add_row("bus from the GPU", _rate(rates.bus.to_host), "")
     console.print(table)
-    console.print(f"Reading and writing at once, the shorter of both adds {100 * rates.sharing:.0f} % of its time.")
+    console.print(f"Reading and writing at once takes {_at_once(rates.sharing)}.")
     if rates.bus is None:
         console.print(f"No GPU: {printable(result.gpu)}", soft_wrap=not console.is_terminal)
+
+
+def _at_once(sharing: float) -> str:
+    """Return in words how long a read and a write take that begin together."""
+    if sharing < 0.1:
+        return "as long as the longer of the two"
+    return "as long as one after the other" if sharing > 0.9 else f"the longer time and {sharing:.0%} of the shorter"
 
 
 def _print_checks(console: Console, result: BenchResult) -> None:

@@ -103,14 +103,16 @@ def check_predictions(
 
 
 def warnings_of(checks: Sequence[Check]) -> list[str]:
-    """Return a sentence for each prediction that did not hold."""
+    """Return a sentence about the predictions that did not hold, if there are any."""
+    far = [check for check in checks if not check.is_close]
+    if not far:
+        return []
+    times = ", ".join(
+        f"{check.ratio:.2f} ({check.granularity}, {'cached' if check.is_warm else 'on the disk'})" for check in far
+    )
     return [
-        f"the merge of the small family by {check.granularity}, "
-        f"its files {'cached' if check.is_warm else 'on the disk'}, took {check.ratio:.2f} times the predicted "
-        "time. The times predicted for large models are as uncertain. Is something else at work on this machine or "
-        "disk? If not, a larger --size may tell more"
-        for check in checks
-        if not check.is_close
+        f"merges of the small family took other times than predicted: {times} times as long. The times predicted for "
+        "large models are as uncertain. Is something else at work on this machine or disk? If not, try a larger --size"
     ]
 
 
