@@ -15,23 +15,26 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from metagpt_fast import _native
 from metagpt_fast.benchmarking import run, tables
 from metagpt_fast.benchmarking.bus import find_bus, measure_bus
 from metagpt_fast.benchmarking.files import (
     incompressible,
     new_file,
-    read_and_write_seconds,
-    read_in_order,
     read_mapped,
+    write_beside,
     write_items,
 )
 from metagpt_fast.benchmarking.memory import measure_memory, numel_for, round_nbytes
+from metagpt_fast.benchmarking.pass_progress import PassProgress
 from metagpt_fast.benchmarking.prediction import BUS, DISK_READ, DISK_WRITE, KERNELS, MEMORY, predict
 from metagpt_fast.benchmarking.rates import BusRates, Rates
-from metagpt_fast.benchmarking.trial import Check, _WithinPhase, warnings_of
+from metagpt_fast.benchmarking.reading import read_as_merge
+from metagpt_fast.benchmarking.trial import Check, make_files, warnings_of
 from metagpt_fast.benchmarking.work import Work
 from metagpt_fast.cli import cli
 from metagpt_fast.errors import BackendError, OutputError, RecipeError
+from metagpt_fast.family import PRESETS, family_nbytes
 from metagpt_fast.progress import Progress
 
 from .fake_device import FakeDevice
@@ -181,7 +184,7 @@ def test_errors_of_the_command(tmp_path):
 def test_progress_of_a_merge_counts_its_inputs_twice():
     progress = Recording()
     progress.start("merge by layer", 40)
-    inner = _WithinPhase(progress)
+    inner = PassProgress(progress.advance)
     for phase in ("measure", "combine", "measure and combine"):
         inner.start(phase, 10)
         inner.advance(10)
@@ -273,28 +276,57 @@ def test_reading_and_writing(tmp_path):
     for path in paths:
         path.write_bytes(os.urandom(100_000))
     done = []
-    assert read_in_order(paths, 150_000, done.append) == sum(done) == 150_000
-    assert read_mapped(paths, done.append) == 200_000
+    assert read_mapped(paths, done.append) == sum(done) == 200_000
     content = incompressible(4096)
     target = tmp_path / "target"
     with new_file(target, 10_000) as fd:
         write_items(fd, 10_000, content, 3, done.append)
         assert target.read_bytes() == (bytes(content) * 3)[:10_000]
+    assert sum(done) == 210_000
     assert not target.exists()
 
 
-@pytest.mark.parametrize("failing", ["read", "write"])
-def test_a_failure_of_either_ends_both(tmp_path, failing):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(bytes(20 << 20))
-    paths = [source]
-    if failing == "write":
-        target.touch()
-    else:
-        paths.append(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError if failing == "read" else FileExistsError):
-        read_and_write_seconds(paths, 40 << 20, target, 1 << 20)
-    assert not target.exists() or failing == "write"
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_reading_as_a_merge_reads_every_byte_of_every_tensor(tmp_path, monkeypatch, io):
+    monkeypatch.setattr("metagpt_fast.input_files._choose_io", lambda paths: io)
+    family = make_files(tmp_path, PRESETS["tiny"].shape, lambda nbytes: None)
+    touched = []
+    plain = _native.bandwidth_read
+    monkeypatch.setattr(_native, "bandwidth_read", lambda *where: touched.append(where[1]) or plain(*where))
+    done = []
+    assert read_as_merge(family.base, family.models, PassProgress(done.append)) == sum(done)
+    assert sum(done) == family_nbytes(PRESETS["tiny"].shape, 3)
+    assert sum(touched) == (sum(done) if io == "mmap" else 0)
+
+
+def test_reading_beside_writing_ends_with_both(tmp_path):
+    order, done = [], []
+
+    def read(advance):
+        advance(7)
+        order.append("read")
+
+    assert write_beside(read, tmp_path / "target", 5 << 20, done.append) > 0
+    assert order == ["read"]
+    assert sum(done) == (5 << 20) + 7
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_either_ends_both(tmp_path):
+    def fail(advance):
+        raise FileNotFoundError
+
+    with pytest.raises(FileNotFoundError):
+        write_beside(fail, tmp_path / "target", 1 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+    def read_for_ever(advance):
+        while True:
+            advance(1)
+
+    (tmp_path / "target").touch()
+    with pytest.raises(FileExistsError):
+        write_beside(read_for_ever, tmp_path / "target", 1 << 20)
 
 
 def test_help_fits_80_columns():

@@ -1,4 +1,4 @@
-"""Reads and writes files as a merge does, and measures it."""
+"""Reads mapped files, and writes new ones as a merge does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import numpy as np
 
 from .. import _native
 
-READ_NBYTES = 4 << 20
-"""What a merge reads ahead at a time, by one thread."""
 WRITE_NBYTES = 512 << 10
 """What a thread of a merge writes at a time, in bf16."""
 
@@ -26,21 +24,6 @@ Advance = Callable[[int], None]
 
 def no_advance(nbytes: int) -> None:
     """Tell nobody."""
-
-
-def read_in_order(paths: Sequence[Path], most_nbytes: int, advance: Advance = no_advance) -> int:
-    """Read files by one thread, as a merge that reads ahead; stops after ``most_nbytes``. Returns the bytes read."""
-    buffer = memoryview(bytearray(READ_NBYTES))
-    done = 0
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while done < most_nbytes:
-                nbytes = file.readinto(buffer[: most_nbytes - done])
-                if not nbytes:
-                    break
-                done += nbytes
-                advance(nbytes)
-    return done
 
 
 def read_mapped(paths: Sequence[Path], advance: Advance = no_advance) -> int:
@@ -117,10 +100,11 @@ def write_seconds(path: Path, nbytes: int, advance: Advance = no_advance) -> tup
         return in_cache, time.perf_counter() - started
 
 
-def read_and_write_seconds(
-    paths: Sequence[Path], read_nbytes: int, target: Path, write_nbytes: int, advance: Advance = no_advance
-) -> float:
-    """Read files while a new one is written, and return the seconds until both are done."""
+def write_beside(read: Callable[[Advance], object], path: Path, nbytes: int, advance: Advance = no_advance) -> float:
+    """Write a new file while ``read`` runs in another thread, and return the seconds until both are done.
+
+    ``read`` is given what it has to tell of its progress, which raises InterruptedError if the writing failed.
+    """
     stop = False
 
     def tell(nbytes: int) -> None:
@@ -130,9 +114,9 @@ def read_and_write_seconds(
 
     started = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read_in_order, paths, read_nbytes, tell)
+        reading = pool.submit(read, tell)
         try:
-            write_seconds(target, write_nbytes, advance)
+            write_seconds(path, nbytes, advance)
             reading.result()
         finally:
             stop = True

@@ -23,8 +23,8 @@ class Rates:
         memory_triad: ``a = b + 3·c``, counted as 12 bytes per element.
         layer_gram: base and models in memory, (1 + T) · n · itemsize.
         layer_merge: base, models and output in memory, (2 + T) · n · itemsize.
-        disk_read: files that are not in the page cache, one thread, in order.
-        cache_read: files in the page cache, mapped, each page touched for the first time.
+        disk_read: files that are not in the page cache, as a merge reads them.
+        cache_read: the same, in the page cache: mapped, each page touched for the first time.
         cache_write: into files whose space is reserved, not waiting for the disk.
         disk_write: a new file until all of it is on the disk.
         sharing: how far reading and writing at once slow each other: 0 not at all, 1 as if one waited for the other.

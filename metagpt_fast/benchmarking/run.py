@@ -6,33 +6,39 @@ import dataclasses
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import _native, info
 from ..errors import OutputError, RecipeError
-from ..family import family_nbytes
+from ..family import Family, family_nbytes
 from ..output_target import free_nbytes, os_errors
 from ..page_cache import evict, percent_cached
 from ..progress import Progress
 from ..quantities import format_nbytes
 from .bus import find_bus
-from .files import read_and_write_seconds, read_in_order, read_mapped, write_seconds
+from .files import write_beside, write_seconds
 from .memory import MemoryRates, measure_memory, numel_for, round_nbytes
+from .pass_progress import PassProgress
 from .prediction import Prediction, fits_in_cache, predict
 from .rates import Rates, sharing_of
+from .reading import read_as_merge
 from .trial import Check, check_predictions, make_files, start_seconds, warnings_of, weights_of
 from .work import GRANULARITIES, MODELS, NUM_MODELS, shape_of_size, work_of
 
 DEFAULT_SIZE = "2GB"
 MIN_NBYTES = 4 << 20
-DISK_SECONDS = 75.0
+DISK_SECONDS = 90.0
 """What reading and writing may take, about: the files are made smaller for a slow disk."""
 
-_NUM_DISK_PASSES = 5  # made, read, read while a quarter is written, twice read and merged; in sizes of the family
+# In sizes of the family: made and read (2), read while a part is written (½), twice read and eight times merged (4).
+_NUM_DISK_PASSES = 6.5
 _SPACE_FACTOR = 1.3  # the family, one merged model, and a little
 _MAX_PERCENT_CACHED = 1.0
+_NUM_COLD_READS = 3
+_SHORT_SECONDS = 2.0  # what writing the files takes, where reading them more than once is no loss
 _NUM_WARM_READS = 3
 
 
@@ -178,16 +184,15 @@ def _measure(folder: Path, scratch: Path, size_nbytes: int, cache_nbytes: int, p
     in_cache, on_disk = write_seconds(scratch / "written", model_nbytes, progress.advance)
     progress.finish()
     shape = shape_of_size(files_nbytes(size_nbytes, model_nbytes / on_disk, cache_nbytes) // (1 + NUM_MODELS))
-    progress.start("make files", family_nbytes(shape, NUM_MODELS))
+    nbytes = family_nbytes(shape, NUM_MODELS)
+    progress.start("make files", nbytes)
     family = make_files(scratch / "family", shape, progress.advance)
-    files = weights_of(family)
-    nbytes = sum(path.stat().st_size for path in files)
     progress.finish()
 
-    disk_read, is_cold = _measure_disk_read(files, nbytes, progress)
-    cache_read = _measure_cache_read(files, nbytes, progress)
     disk_write = model_nbytes / on_disk
-    sharing = _measure_sharing(files, nbytes, scratch / "written", disk_read, disk_write, progress)
+    disk_read, is_cold = _measure_disk_read(family, nbytes, nbytes / disk_write, progress)
+    cache_read = _measure_cache_read(family, nbytes, progress)
+    sharing = _measure_sharing(family, nbytes // (1 + NUM_MODELS), scratch / "written", disk_read, disk_write, progress)
     rates = Rates(
         memory.memory_read,
         memory.memory_triad,
@@ -228,40 +233,45 @@ def _measure_memory(cache_nbytes: int, progress: Progress) -> MemoryRates:
     return rates
 
 
-def _measure_disk_read(files: list[Path], nbytes: int, progress: Progress) -> tuple[float, bool]:
+def _measure_disk_read(family: Family, nbytes: int, about_seconds: float, progress: Progress) -> tuple[float, bool]:
     """Return bytes per second, and whether they came from the disk; leaves the files in the page cache."""
-    evict(files)
-    is_cold = percent_cached(files) <= _MAX_PERCENT_CACHED
-    progress.start("read", nbytes)
-    started = time.perf_counter()
-    num_read = read_in_order(files, nbytes, progress.advance)
-    seconds = time.perf_counter() - started
+    files, num_rounds = weights_of(family), _NUM_COLD_READS if about_seconds < _SHORT_SECONDS else 1
+    progress.start("read", num_rounds * nbytes)
+    seconds, percents = [], []
+    for _ in range(num_rounds):
+        evict(files)
+        percents.append(percent_cached(files))
+        seconds.append(_read_seconds(family.base, family.models, progress.advance))
     progress.finish()
-    return num_read / seconds, is_cold
+    return nbytes / statistics.median(seconds), max(percents) <= _MAX_PERCENT_CACHED
 
 
-def _measure_cache_read(files: list[Path], nbytes: int, progress: Progress) -> float:
+def _measure_cache_read(family: Family, nbytes: int, progress: Progress) -> float:
     progress.start("read again", _NUM_WARM_READS * nbytes)
-    seconds = []
-    for _ in range(_NUM_WARM_READS):
-        started = time.perf_counter()
-        num_read = read_mapped(files, progress.advance)
-        seconds.append((time.perf_counter() - started) / num_read)
+    seconds = [_read_seconds(family.base, family.models, progress.advance) for _ in range(_NUM_WARM_READS)]
     progress.finish()
-    return 1 / statistics.median(seconds)
+    return nbytes / statistics.median(seconds)
 
 
 def _measure_sharing(
-    files: list[Path], nbytes: int, target: Path, disk_read: float, disk_write: float, progress: Progress
+    family: Family, model_nbytes: int, target: Path, disk_read: float, disk_write: float, progress: Progress
 ) -> float:
-    """Read and write at once, as much of each as takes the same time alone."""
-    write_nbytes = nbytes // (1 + NUM_MODELS)
-    read_nbytes = min(nbytes, int(write_nbytes / disk_write * disk_read))
-    evict(files)
-    progress.start("read and write", read_nbytes + write_nbytes)
-    both = read_and_write_seconds(files, read_nbytes, target, write_nbytes, progress.advance)
+    """Write a model's size while others are read: as many of them as take about as long."""
+    num_read = min(1 + NUM_MODELS, max(2, round(disk_read / disk_write)))
+    models, read_nbytes = family.models[: num_read - 1], num_read * model_nbytes
+    evict(weights_of(family))
+    progress.start("read and write", read_nbytes + model_nbytes)
+    both = write_beside(
+        lambda advance: _read_seconds(family.base, models, advance), target, model_nbytes, progress.advance
+    )
     progress.finish()
-    return sharing_of(read_nbytes / disk_read, write_nbytes / disk_write, both)
+    return sharing_of(read_nbytes / disk_read, model_nbytes / disk_write, both)
+
+
+def _read_seconds(base: Path, models: Sequence[Path], advance: Callable[[int], None]) -> float:
+    started = time.perf_counter()
+    read_as_merge(base, models, PassProgress(advance))
+    return time.perf_counter() - started
 
 
 def _no_disk(folder: Path) -> str:

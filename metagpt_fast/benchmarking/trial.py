@@ -13,6 +13,7 @@ from ..family import PRESETS, Family, LlamaShape, make_family
 from ..merging import merge
 from ..page_cache import evict
 from ..progress import Progress
+from .pass_progress import PassProgress
 from .prediction import Prediction, fits_in_cache, predict
 from .rates import Rates
 from .work import GRANULARITIES, work_of
@@ -91,7 +92,7 @@ def check_predictions(
         work = work_of(shape, granularity)
         num_warm = _NUM_WARM if fits_in_cache(work, cache_nbytes) else 0
         progress.start(f"merge by {granularity}", 2 * (1 + num_warm) * work.nbytes_in)
-        inner = _WithinPhase(progress)
+        inner = PassProgress(progress.advance)
         evict(files)
         seconds = [_merge(family, out, granularity, inner)]
         checks.append(Check(granularity, False, predict(work, rates, cache_nbytes), seconds[0]))
@@ -122,17 +123,3 @@ def _merge(family: Family, out: Path, granularity: str, progress: Progress) -> f
     seconds = time.perf_counter() - started
     shutil.rmtree(out)
     return seconds
-
-
-class _WithinPhase(Progress):
-    """Hands on what merges advance, and not their phases: each merge counts its inputs twice, measured and combined."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._num_passes = 1
-
-    def start(self, phase: str, total_nbytes: int) -> None:
-        self._num_passes = 2 if phase == "measure and combine" else 1
-
-    def advance(self, nbytes: int) -> None:
-        self._progress.advance(self._num_passes * nbytes)
