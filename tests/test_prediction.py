@@ -142,7 +142,7 @@ def test_shape_of_a_size(nbytes):
 
 def test_files_are_smaller_for_slow_disks_and_small_memories():
     assert files_nbytes(2 * G, 1.0 * G, 100 * G) == 2 * G
-    assert files_nbytes(2 * G, 20e6, 100 * G) == int(20e6 * DISK_SECONDS / 6.5)
+    assert files_nbytes(2 * G, 20e6, 100 * G) == int(20e6 * DISK_SECONDS / 7.5)
     assert files_nbytes(2 * G, 1.0 * G, G) == int(G / 2 / 1.3)
     assert files_nbytes(2 * G, 1.0, 100 * G) == MIN_NBYTES
 

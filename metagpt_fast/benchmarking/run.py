@@ -33,10 +33,11 @@ MIN_NBYTES = 4 << 20
 DISK_SECONDS = 90.0
 """What reading and writing may take, about: the files are made smaller for a slow disk."""
 
-# In sizes of the family: made and read (2), read while a part is written (½), twice read and eight times merged (4).
-_NUM_DISK_PASSES = 6.5
+# In sizes of the family: written (⅜), made, read, read beside a write (3), twice read and eight times merged (4).
+_NUM_DISK_PASSES = 7.5
 _SPACE_FACTOR = 1.3  # the family, one merged model, and a little
 _MAX_PERCENT_CACHED = 1.0
+_NUM_WRITES = 3
 _NUM_COLD_READS = 3
 _SHORT_SECONDS = 2.0  # what writing the files takes, where reading them more than once is no loss
 _NUM_WARM_READS = 3
@@ -179,17 +180,13 @@ def forecasts_of(rates: Rates, cache_nbytes: int) -> list[Forecast]:
 def _measure(folder: Path, scratch: Path, size_nbytes: int, cache_nbytes: int, progress: Progress) -> BenchResult:
     memory = _measure_memory(cache_nbytes, progress)
     bus, why_no_gpu = find_bus()
-    model_nbytes = size_nbytes // (1 + NUM_MODELS)
-    progress.start("write", model_nbytes)
-    in_cache, on_disk = write_seconds(scratch / "written", model_nbytes, progress.advance)
-    progress.finish()
-    shape = shape_of_size(files_nbytes(size_nbytes, model_nbytes / on_disk, cache_nbytes) // (1 + NUM_MODELS))
+    cache_write, disk_write = _measure_writing(scratch / "written", size_nbytes // (1 + NUM_MODELS) // 2, progress)
+    shape = shape_of_size(files_nbytes(size_nbytes, disk_write, cache_nbytes) // (1 + NUM_MODELS))
     nbytes = family_nbytes(shape, NUM_MODELS)
     progress.start("make files", nbytes)
     family = make_files(scratch / "family", shape, progress.advance)
     progress.finish()
 
-    disk_write = model_nbytes / on_disk
     disk_read, is_cold = _measure_disk_read(family, nbytes, nbytes / disk_write, progress)
     cache_read = _measure_cache_read(family, nbytes, progress)
     sharing = _measure_sharing(family, nbytes // (1 + NUM_MODELS), scratch / "written", disk_read, disk_write, progress)
@@ -200,7 +197,7 @@ def _measure(folder: Path, scratch: Path, size_nbytes: int, cache_nbytes: int, p
         memory.layer_merge,
         disk_read,
         cache_read,
-        model_nbytes / in_cache,
+        cache_write,
         disk_write,
         sharing,
         start_seconds(scratch / "tiny"),
@@ -231,6 +228,15 @@ def _measure_memory(cache_nbytes: int, progress: Progress) -> MemoryRates:
     rates = measure_memory(numel, progress.advance)
     progress.finish()
     return rates
+
+
+def _measure_writing(path: Path, nbytes: int, progress: Progress) -> tuple[float, float]:
+    """Return bytes per second into the page cache, and until they are on the disk."""
+    progress.start("write", _NUM_WRITES * nbytes)
+    seconds = [write_seconds(path, nbytes, progress.advance) for _ in range(_NUM_WRITES)]
+    progress.finish()
+    in_cache, on_disk = (nbytes / statistics.median(each) for each in zip(*seconds, strict=True))
+    return in_cache, on_disk
 
 
 def _measure_disk_read(family: Family, nbytes: int, about_seconds: float, progress: Progress) -> tuple[float, bool]:
