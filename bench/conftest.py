@@ -20,5 +20,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=Path, metavar="FILE", help="write the rows as JSON, for run.py")
     group = parser.getgroup("io", "benchmarks of files")
     group.addoption("--io-folder", type=Path, metavar="DIR", help="where the files are made [the temporary folder]")
-    group.addoption("--io-size", default="2GB", help="bytes of all of them; 1.3 times as much is needed free [2GB]")
+    group.addoption("--io-size", default="1GB", help="bytes of all of them; 1.3 times as much is needed free [1GB]")
     group.addoption("--io-rounds", type=int, default=5, help="rounds of each way and its ceiling [5]")

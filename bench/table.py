@@ -190,8 +190,8 @@ def _kernel_table(rows: Sequence[Row]) -> str:
 
 _IO = (
     "Reading and writing files. Bytes counted: of the files, once. Warm, and into the page cache, the ceiling is a "
-    "read of memory, respectively a triad; cold, and until the file is on the disk, it is O_DIRECT by eight threads. "
-    "`measure` is the command at work, kernels included."
+    "read of memory, respectively a triad; cold, and until the file is on the disk, it is O_DIRECT by eight threads, "
+    "or one thread in order, if that is faster. `measure` is the command at work, kernels included."
 )
 
 
