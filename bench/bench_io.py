@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchlib.file_ways import CEILING_THREADS, Target, read_buffers, read_direct, supports_direct
+from benchlib.file_ways import CEILING_THREADS, Target, read_buffers, read_direct, read_mapped, supports_direct
 from benchlib.page_cache import CacheState
 from benchlib.rows import Row, Spread, save_rows
 from numpy.typing import NDArray
 
 from metagpt_fast import _native
-from metagpt_fast.benchmarking.files import read_mapped
 from metagpt_fast.benchmarking.trial import make_files, weights_of
 from metagpt_fast.benchmarking.work import NUM_MODELS, shape_of_size
 from metagpt_fast.checkpoint import open_checkpoint

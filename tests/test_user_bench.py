@@ -21,7 +21,6 @@ from metagpt_fast.benchmarking.bus import find_bus, measure_bus
 from metagpt_fast.benchmarking.files import (
     incompressible,
     new_file,
-    read_mapped,
     write_beside,
     write_items,
 )
@@ -271,18 +270,14 @@ def test_memory_is_measured_on_what_was_announced():
     assert numel_for(8 << 30) == 64 << 20
 
 
-def test_reading_and_writing(tmp_path):
-    paths = [tmp_path / name for name in ("a", "b")]
-    for path in paths:
-        path.write_bytes(os.urandom(100_000))
+def test_writing(tmp_path):
     done = []
-    assert read_mapped(paths, done.append) == sum(done) == 200_000
     content = incompressible(4096)
     target = tmp_path / "target"
     with new_file(target, 10_000) as fd:
         write_items(fd, 10_000, content, 3, done.append)
         assert target.read_bytes() == (bytes(content) * 3)[:10_000]
-    assert sum(done) == 210_000
+    assert sum(done) == 10_000
     assert not target.exists()
 
 

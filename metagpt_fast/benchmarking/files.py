@@ -1,4 +1,4 @@
-"""Reads mapped files, and writes new ones as a merge does."""
+"""Writes new files as a merge does, alone and while others are read."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import itertools
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from .. import _native
 
@@ -24,22 +22,6 @@ Advance = Callable[[int], None]
 
 def no_advance(nbytes: int) -> None:
     """Tell nobody."""
-
-
-def read_mapped(paths: Sequence[Path], advance: Advance = no_advance) -> int:
-    """Map each file and read all of it by the kernels' threads. Returns the bytes read."""
-    done = 0
-    for path in paths:
-        with (
-            path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED) as mapping,
-        ):
-            # The view has to be gone before the mapping can be.
-            address = np.frombuffer(mapping, np.uint8).ctypes.data
-            _native.bandwidth_read(address, len(mapping))
-            done += len(mapping)
-            advance(len(mapping))
-    return done
 
 
 @contextmanager
