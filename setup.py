@@ -56,6 +56,7 @@ setup(
     packages=[
         "metagpt_fast",
         "metagpt_fast.backends",
+        "metagpt_fast.benchmarking",
         "metagpt_fast.integrations",
         "metagpt_fast.kernels",
         "metagpt_fast.methods",

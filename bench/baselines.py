@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-from benchlib.arrays import LayerArrays, Raw
 from numpy.typing import NDArray
 
+from metagpt_fast.benchmarking.arrays import LayerArrays, Raw
 from metagpt_fast.dtypes import BF16, F16, DType
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import pytest
 from baselines import numpy_gram, numpy_merge, torch_gram, torch_merge, torch_tensors
-from benchlib.arrays import DEFAULT_NUMEL, DTYPES, LayerArrays, make_layer_arrays
 from benchlib.machine import available_memory_nbytes
 from benchlib.processes import clean_environment
 from benchlib.rows import Row, Spread, gram_nbytes, merge_nbytes, save_rows
@@ -32,6 +31,7 @@ from numpy.typing import NDArray
 
 from metagpt_fast import _native
 from metagpt_fast.backends.cpu import CpuBackend
+from metagpt_fast.benchmarking.arrays import DEFAULT_NUMEL, DTYPES, LayerArrays, make_layer_arrays
 from metagpt_fast.reference import to_float64
 
 _FORMULAS = {

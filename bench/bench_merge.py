@@ -20,13 +20,14 @@ from pathlib import Path
 import click
 from benchlib import mergekit
 from benchlib.machine import copy_command, is_memory_file_system
-from benchlib.page_cache import CacheState, evict
+from benchlib.page_cache import CacheState
 from benchlib.processes import ProcessError, Usage, clean_environment, run_measured
 from benchlib.rounds import Measured, Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
 from make_family import FAMILIES, BenchFamily, default_folder, get_family
 
 from metagpt_fast.family import family_nbytes
+from metagpt_fast.page_cache import evict
 
 _MAX_PERCENT_CACHED_WHEN_COLD = 1.0
 _COLD_ROUNDS = 3

@@ -19,13 +19,14 @@ from bench_merge import scratch_folder
 from bench_methods import speedups
 from benchlib import mergekit
 from benchlib.method_recipes import METHOD_RECIPES
-from benchlib.page_cache import CacheState, evict
+from benchlib.page_cache import CacheState
 from benchlib.processes import ProcessError, Usage
 from benchlib.rounds import Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
 from make_family import FAMILIES, BenchFamily, default_folder, get_family
 
 from metagpt_fast.family import family_nbytes
+from metagpt_fast.page_cache import evict
 
 DEFAULT_ROUNDS = 3
 _THEIR_ROUNDS = 2
@@ -58,7 +59,7 @@ def measure(
     setting = METHOD_RECIPES[method]
     recipe = scratch / f"{method}.yml"
     recipe.write_text(setting.text(method, family, dtype), encoding="utf-8")
-    ours = Side("ours", scratch, ("--quiet",))
+    ours = Side("ours", scratch, ("--quiet", "--no-sync"))  # mergekit waits for no disk either
     theirs = Side("theirs", scratch, mergekit.FAST_OPTIONS)
     names = {ours: f"mergekit-yaml-fast: {method}", theirs: f"mergekit, fast options: {method}"}
     tasks = [

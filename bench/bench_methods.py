@@ -16,13 +16,14 @@ import click
 from bench_merge import scratch_folder
 from benchlib import mergekit
 from benchlib.method_recipes import METHOD_RECIPES
-from benchlib.page_cache import CacheState, evict
+from benchlib.page_cache import CacheState
 from benchlib.processes import ProcessError, Usage
 from benchlib.rounds import Measured, Task, run_rounds, usage_metrics
 from benchlib.rows import Row, Spread, save_rows
 from make_family import FAMILIES, BenchFamily, default_folder, get_family
 
 from metagpt_fast.family import family_nbytes
+from metagpt_fast.page_cache import evict
 
 DEFAULT_ROUNDS = 5
 _MERGEKIT_ROUNDS = 2

@@ -1,4 +1,4 @@
-"""Options of bench_kernels, and the path to what the benchmarks share."""
+"""Options of bench_kernels and bench_io, and the path to what the benchmarks share."""
 
 from __future__ import annotations
 
@@ -18,3 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=25, help="rounds of kernel and ceiling [25]")
     group.addoption("--baseline-rounds", type=int, default=3, help="rounds of NumPy and torch, 0: none [3]")
     group.addoption("--rows", type=Path, metavar="FILE", help="write the rows as JSON, for run.py")
+    group = parser.getgroup("io", "benchmarks of files")
+    group.addoption("--io-folder", type=Path, metavar="DIR", help="where the files are made [the temporary folder]")
+    group.addoption("--io-size", default="1GB", help="bytes of all of them; 1.3 times as much is needed free [1GB]")
+    group.addoption("--io-rounds", type=int, default=5, help="rounds of each way and its ceiling [5]")

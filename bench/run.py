@@ -1,7 +1,7 @@
 """Runs the benchmarks, writes one JSON, prints the tables.
 
-python bench/run.py                     everything for the README, 8 to 12 minutes, 9 GB of disk, 45 GB for a while
-python bench/run.py --quick             the main figures, under 3 minutes
+python bench/run.py                     everything for the README, 10 to 15 minutes, 9 GB of disk, 45 GB for a while
+python bench/run.py --quick             the main figures, under 4 minutes
 python bench/run.py --join A.json ...   joins files that the parts wrote with --rows, measures nothing
 """
 
@@ -30,17 +30,27 @@ _QUICK_ROUNDS = 3
 
 
 def measure_kernels(*, is_quick: bool, is_grid: bool) -> list[Row]:
-    """Run bench_kernels under pytest-benchmark and return its rows."""
+    """Run bench_kernels and return its rows."""
+    options = ["--grid"] if is_grid else []
+    return _run_pytest("bench_kernels", [*options, *(["--rounds", "11", "--baseline-rounds", "1"] if is_quick else [])])
+
+
+def measure_io(*, is_quick: bool, folder: Path) -> list[Row]:
+    """Run bench_io in a folder of the merges' file system, and return its rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return _run_pytest("bench_io", ["--io-folder", str(folder), *(["--io-rounds", "3"] if is_quick else [])])
+
+
+def _run_pytest(name: str, options: Sequence[str]) -> list[Row]:
+    """Run a file under pytest-benchmark and return its rows."""
     # In an empty folder: `python -m pytest` imports from where it runs, and that must not be the source tree.
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "pytest", str(BENCH / "bench_kernels.py"), "-p", "no:cacheprovider"]
-        command += ["-p", "no:randomly", "--rows", str(rows_file)]
-        command += ["--grid"] if is_grid else []
-        command += ["--rounds", "11", "--baseline-rounds", "1"] if is_quick else []
+        command = [sys.executable, "-m", "pytest", str(BENCH / f"{name}.py"), "-p", "no:cacheprovider"]
+        command += ["-p", "no:randomly", "--rows", str(rows_file), *options]
         done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise ProcessError(f"bench_kernels failed:\n{(done.stdout + done.stderr)[-4000:]}")
+            raise ProcessError(f"{name} failed:\n{(done.stdout + done.stderr)[-4000:]}")
         return load_rows(rows_file)
 
 
@@ -60,6 +70,7 @@ def measure_all(
     parts: dict[str, Callable[[], list[Row]]] = {
         "startup": bench_startup.collect,
         "kernels": lambda: measure_kernels(is_quick=is_quick, is_grid=is_grid),
+        "io": lambda: measure_io(is_quick=is_quick, folder=(family_folder or default_folder(1)).resolve().parent),
         "merge": lambda: bench_merge.collect(
             family_folder=family_folder,
             num_rounds=_QUICK_ROUNDS if is_quick else bench_merge.DEFAULT_ROUNDS,

@@ -33,7 +33,8 @@ _LABELS = {
 def bench_table(result: Result, source: str) -> str:
     """Return the conditions and one table per suite; ``source`` is the JSON's name for readers."""
     parts = [_conditions(result, source)]
-    of_suite = {suite: [row for row in result.rows if row.suite == suite] for suite in ("merge", "kernels", "startup")}
+    suites = ("merge", "kernels", "io", "startup")
+    of_suite = {suite: [row for row in result.rows if row.suite == suite] for suite in suites}
     if of_suite["merge"]:
         parts += [_merge_conditions(of_suite["merge"]), _merge_table(of_suite["merge"])]
     if of_suite["kernels"]:
@@ -41,6 +42,8 @@ def bench_table(result: Result, source: str) -> str:
     if rates := [f"{row.name.split(' ')[-1]} {format_spread(row.metrics['gflop_per_s'])}" for row in result.rows
                  if row.suite == "ceilings"]:  # fmt: skip
         parts.append(f"NumPy's float32 matrix product, GFLOP/s: {', '.join(rates)}.")
+    if of_suite["io"]:
+        parts += [_IO, _io_table(of_suite["io"])]
     if of_suite["startup"]:
         parts.append(_startup_table(of_suite["startup"]))
     if scale := scale_tables(result.rows):
@@ -190,6 +193,30 @@ def _kernel_table(rows: Sequence[Row]) -> str:
             *(format_number(spread.median) if spread else "" for spread in speedups),
         ])  # fmt: skip
     return markdown_table(heads, lines)
+
+
+_IO = (
+    "Reading and writing files. Bytes counted: of the files, once. Warm, and into the page cache, the ceiling is a "
+    "read of memory, respectively a triad; cold, and until the file is on the disk, it is O_DIRECT by eight threads, "
+    "or one thread in order, if that is faster. `measure` is the command at work, kernels included."
+)
+
+
+def _io_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in rows:
+        facts, metrics = row.parameters, row.metrics
+        way = facts["way"] if facts.get("io") is None else f"`{facts['way']}`"
+        chosen = f" (chose {facts['io']})" if facts["way"] == "--io auto" else ""
+        spreads = (metrics.get(name) for name in ("gb_per_s", "ceiling_gb_per_s", "percent_of_ceiling"))
+        lines.append([
+            f"{facts['action']} {way}{chosen}", _CACHE_STATES.get(facts["cache"], facts["cache"]),
+            *(format_spread(spread) if spread else "" for spread in spreads),
+        ])  # fmt: skip
+    return markdown_table(["way", "files", "GB/s", "ceiling, GB/s", "% of the ceiling"], lines)
+
+
+_CACHE_STATES = {"cache": "into the page cache", "disk": "until on the disk"}
 
 
 def _startup_table(rows: Sequence[Row]) -> str:

@@ -1,7 +1,8 @@
 """A checkpoint on disk, as the merge sees it: which file holds which tensor, and at what offset.
 
 ``open_checkpoint`` reads headers only. It takes what Hugging Face libraries write (one safetensors file, or
-shards with an index, under the stem of transformers or of diffusers) and a bare ``.safetensors`` file.
+shards with an index, under the stem of transformers or of diffusers), a bare ``.safetensors`` file, and with
+the help of torch what ``torch.save`` wrote (pickle_file.py) where there is no safetensors file.
 Everything is validated before it is returned, so whoever comes next may map the files and trust the offsets.
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import CheckpointError
+from .pickle_file import PICKLE_SUFFIXES, read_pickle_header
 from .safetensors_file import (
     CONVERT_PICKLE,
     MAX_HEADER_NBYTES,
@@ -35,8 +37,10 @@ _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _ANY_INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")  # diffusers' variants: .index.fp16.json
 _STEMS = ("model", "diffusion_pytorch_model")  # transformers, diffusers
+# Looked for by name only: a training leaves more pickle files beside the weights.
+_PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin")
+_PICKLE_INDEX_SUFFIX = ".bin.index.json"
 _ONE_OF_MANY = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _MAX_NAME_NBYTES = 255  # of a file, on every common file system
 _PAGE_NBYTES = 4096
@@ -76,11 +80,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint folder or a bare safetensors file. Reads headers only.
+    """Open a checkpoint folder, or a bare safetensors or PyTorch file. Reads headers only.
 
     In a folder the choice is the one transformers makes: ``model.safetensors``, else the shards that
     ``model.safetensors.index.json`` names; else the same for the stem of diffusers, else the only index, else
-    the only ``.safetensors`` file.
+    the only ``.safetensors`` file; else ``pytorch_model.bin`` or the shards of its index.
 
     Raises:
         CheckpointError: there is no such checkpoint, or its files are broken or contradict each other.
@@ -94,7 +98,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if is_folder:
         chosen = _choose_file(path)
         files = [chosen]
-        if _ANY_INDEX.search(chosen.name):
+        if _is_index(chosen.name):
             weight_map = _read_index(chosen)
             files = [path / name for name in sorted(set(weight_map.values()))]
             _check_present(path, files)
@@ -103,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files = [path]
 
     with _collector_paused():
-        headers = [read_header(file) for file in files]
+        headers = [_read_header(file) for file in files]
         tensors = _all_tensors(headers)
         if weight_map is not None:
             _check_index(path, weight_map, tensors)
@@ -112,6 +116,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError("checkpoint holds no tensors", where=where, got="an empty header", expected=expected)
     shards = tuple(header.file for header in headers)
     return Checkpoint(path, _label(path), shards, tensors, not is_folder, headers[0].metadata)
+
+
+def _read_header(path: Path) -> ShardHeader:
+    return (read_pickle_header if path.name.endswith(PICKLE_SUFFIXES) else read_header)(path)
+
+
+def _is_index(name: str) -> bool:
+    return _ANY_INDEX.search(name) is not None or name.endswith(_PICKLE_INDEX_SUFFIX)
 
 
 @contextmanager
@@ -161,6 +173,9 @@ def _choose_file(folder: Path) -> Path:
         return folder / indexes[0]
     weights = [name for name in names if name.endswith(_SUFFIX) and not name.startswith("adapter_model")]
     if not weights:
+        for name in (each for pickle in _PICKLES for each in (pickle, pickle + ".index.json")):
+            if name in names:
+                return folder / name
         raise _no_weights(folder, names)
     one_of_many = _ONE_OF_MANY.search(weights[0])
     if len(indexes) > 1:
@@ -181,10 +196,11 @@ def _no_weights(folder: Path, names: Sequence[str]) -> CheckpointError:
     if any(name.startswith(("adapter_model", "adapter_config")) for name in names):
         hint = "merge the adapter into its base model first (peft: merge_and_unload, then save_pretrained)"
         return CheckpointError("is a LoRA adapter, not a model", where=folder, expected="full weights", hint=hint)
-    if pickles := [name for name in names if name.endswith(_PICKLE_SUFFIXES)]:
-        what = "only pickle files, which can run code when loaded"
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
+        hint = f"give the path of the one that holds the weights, or {CONVERT_PICKLE}"
+        expected = f"safetensors files, or {_PICKLES[0]}"
         return CheckpointError(
-            what, where=folder, got=_listing(pickles), expected="safetensors files", hint=CONVERT_PICKLE
+            "only other pickle files", where=folder, got=_listing(pickles), expected=expected, hint=hint
         )
     if gguf := [name for name in names if name.endswith(".gguf")]:
         hint = "merge the original safetensors checkpoint, then convert the result"
@@ -208,10 +224,10 @@ def _missing(path: Path, error: OSError | ValueError) -> CheckpointError:
 
 
 def _check_bare_name(path: Path) -> None:
-    if _ANY_INDEX.search(path.name):
+    if _is_index(path.name):
         hint = "give the folder that holds it"
         raise CheckpointError("is the index of a checkpoint", where=path, expected="a folder or file", hint=hint)
-    if path.name == "adapter_model.safetensors":
+    if path.name in {"adapter_model.safetensors", "adapter_model.bin"}:
         raise _no_weights(path, [path.name])
 
 

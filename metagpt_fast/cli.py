@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from .cli_bench import bench_command
 from .cli_errors import ReportingGroup, run_and_exit
 from .cli_inspect import info_command, measure_command, methods_command
 from .cli_options import (
@@ -84,6 +85,7 @@ def cli() -> None:
     Try it:    metagpt-fast demo
     Merge:     metagpt-fast merge base chat math code -o merged
     Look:      metagpt-fast measure base chat math code
+    How long?  metagpt-fast bench
 
     Each command explains itself: metagpt-fast merge --help
     """  # noqa: D301
@@ -278,7 +280,7 @@ def run_command(recipe: str, out: str, *, dry_run: bool, as_json: bool, quiet: b
     show_report(report, as_json=as_json)
 
 
-for _command in (measure_command, verify_command, methods_command, info_command):
+for _command in (measure_command, verify_command, bench_command, methods_command, info_command):
     cli.add_command(_command)
 
 

@@ -149,7 +149,7 @@ def _report(error: BaseException, *, as_json: bool) -> int:
         what, status = "interrupted", EXIT_INTERRUPTED
         if isinstance(error, Terminated):
             what, status = f"stopped by {signal.Signals(error.code - 128).name}", error.code
-        left = error.args[0] if error.args else "no unfinished output was left behind"
+        left = error.args[0] if error.args else "this run left no unfinished output behind"
         click.echo(f"{what}: {left}", err=True)
         return status
     from .console import print_error, print_json, print_message

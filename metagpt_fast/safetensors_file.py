@@ -34,7 +34,7 @@ _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 # only when the header length is beyond MAX_HEADER_NBYTES, as it is for each of these read as a length.
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer", "the weights were not downloaded: run `git lfs pull`"),
-    (b"PK\x03\x04", "a zip archive, probably a PyTorch pickle checkpoint", CONVERT_PICKLE),
+    (b"PK\x03\x04", "a zip archive, probably of torch.save", "give it a name that ends in .bin, or " + CONVERT_PICKLE),
     (b"\x80", "probably a Python pickle", CONVERT_PICKLE),
     (b"GGUF", "a GGUF file", "merge the original safetensors checkpoint, then convert the result to GGUF"),
     (b"<", "probably a web page", "the download returned an error page; " + DOWNLOAD_AGAIN),

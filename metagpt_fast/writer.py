@@ -101,8 +101,11 @@ class CheckpointWriter:
         try:
             with os_errors(self._target, "cannot create the output"):
                 self._open()
-        except BaseException:
-            self._leave(keep=self._has_progress())
+        except BaseException as error:
+            keep = self._has_progress()
+            self._leave(keep=keep)
+            if keep and _is_interrupt(error):
+                _tell(error, how_to_continue(self._build.path))
             raise
         return self
 

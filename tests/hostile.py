@@ -80,7 +80,7 @@ BROKEN_FILES: tuple[BrokenFile, ...] = (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n",
         ("Git LFS pointer", "git lfs pull"),
     ),
-    BrokenFile("zip pickle", b"PK\x03\x04\x00\x00\x08\x08" + bytes(100), ("pickle", "save_pretrained")),
+    BrokenFile("zip pickle", b"PK\x03\x04\x00\x00\x08\x08" + bytes(100), ("torch.save", "save_pretrained")),
     BrokenFile("legacy pickle", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", ("pickle", "save_pretrained")),
     BrokenFile("gguf", b"GGUF\x03\x00\x00\x00" + bytes(100), ("GGUF", "original safetensors")),
     BrokenFile("web page", b"<!DOCTYPE html><html>", ("web page", "download it again")),

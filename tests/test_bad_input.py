@@ -77,6 +77,11 @@ def no_safetensors(f):
 
 def pickles_only(f):
     no_safetensors(f)
+    (f.chat / "training_args.bin").write_bytes(b"\x80\x02")
+
+
+def a_pickle_of_old(f):
+    no_safetensors(f)
     (f.chat / "pytorch_model.bin").write_bytes(b"\x80\x02")
 
 
@@ -205,7 +210,8 @@ CASES: dict[Callable[[Family], None], tuple[str, ...]] = {
     missing_folder: ("absent", "does not exist"),
     missing_file: ("absent.safetensors", "does not exist"),
     no_safetensors: ("m0", "no safetensors", "got config.json", "expected model.safetensors"),
-    pickles_only: ("m0", "pickle", "got pytorch_model.bin", "convert it"),
+    pickles_only: ("m0", "pickle", "got training_args.bin", "convert it"),
+    a_pickle_of_old: ("m0", "pytorch_model.bin", "since PyTorch 1.6", "convert it"),
     a_shard_is_not_there: ("m0", "shards that are not there", "model-00002-of-00002", "complete the download"),
     a_shard_outside_the_folder: ("outside the folder", "../base/", "do not trust"),
     truncated_shard: ("model-00001-of-00002", "truncated", "got a file of", "download it again"),

@@ -20,10 +20,12 @@ sys.path.append(str(ROOT / "bench"))  # behind everything else: its names are pl
 import baselines
 import compare
 import table
-from benchlib.arrays import DTYPES, make_layer_arrays
-from benchlib.page_cache import evict, fill, percent_cached
+from benchlib.file_ways import Target, read_buffers, read_direct, read_mapped, supports_direct
 from benchlib.processes import ProcessError, run_measured
 from benchlib.rows import Result, Row, Spread, gram_nbytes, load_rows, merge_nbytes, save_rows
+
+from metagpt_fast.benchmarking.arrays import DTYPES, make_layer_arrays
+from metagpt_fast.page_cache import evict, fill, percent_cached
 
 MACHINE = {
     "cpu": "Some CPU",
@@ -132,6 +134,61 @@ def test_the_readmes_table_has_the_main_kernels_and_the_start():
     assert "77.0" not in text
     assert "77.0" in table.readme_table(result(other), "some.json")  # better than an empty table
     assert text.endswith("Start: `metagpt-fast --help` 0.060 s.")
+
+
+def io_row(action: str, way: str, cache: str, **parameters: object) -> Row:
+    facts = {"action": action, "way": way, "cache": cache, **parameters}
+    metrics = {"gb_per_s": Spread.of([5.0]), "percent_of_ceiling": Spread.of([50.0, 60.0])}
+    return Row("io", f"{action} {way}, {cache}", facts, metrics)
+
+
+def test_table_of_files():
+    rows = [io_row("read", "map", "warm"), io_row("measure", "--io auto", "cold", io="mmap"),
+            io_row("write", "direct", "disk")]  # fmt: skip
+    text = table.bench_table(result(*rows), "some.json")
+    assert "| read map | warm | 5.00 |  | 55.0 (50.0..60.0) |" in text
+    assert "| measure `--io auto` (chose mmap) | cold | 5.00 |" in text
+    assert "| write direct | until on the disk | 5.00 |" in text
+
+
+def test_files_are_benchmarked_in_every_way(tmp_path):
+    """Whether it runs, and what its rows say; which of them there are depends on the file system."""
+    rows_file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "bench_io.py"), "-p", "no:cacheprovider"]
+    command += ["-p", "no:randomly", "--rows", str(rows_file), "--io-folder", str(tmp_path), "--io-size", "4MB"]
+    done = subprocess.run([*command, "--io-rounds", "1"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row.name: row for row in load_rows(rows_file)}
+    always = {f"read {way}, warm" for way in ("map", "pread")}
+    always |= {f"measure --io {io}, warm" for io in ("auto", "mmap", "pread")}
+    always |= {f"write {way}, cache" for way in ("buffered", "mapped")}
+    on_disk = {f"write {way}, disk" for way in ("buffered", "mapped", "direct")}
+    on_disk |= {name.replace("warm", "cold") for name in always if "warm" in name} | {"read direct, cold"}
+    assert always <= set(rows) <= always | on_disk
+    assert rows["measure --io auto, warm"].parameters["io"] in {"mmap", "pread"}
+    for row in rows.values():
+        seconds, rate = row.metrics["seconds"].median, row.metrics["gb_per_s"].median
+        assert rate == pytest.approx(row.nbytes / seconds / 1e9)
+        ceiling = row.metrics["ceiling_gb_per_s"].median
+        assert row.metrics["percent_of_ceiling"].median == pytest.approx(100 * rate / ceiling)
+    assert rows["read map, warm"].nbytes // 4 == pytest.approx(rows["write buffered, cache"].nbytes, abs=4096)
+    assert not list(tmp_path.glob("metagpt-fast-bench-*"))
+
+
+@pytest.mark.parametrize("way", ["buffered", "mapped", "direct"])
+def test_every_way_to_write_fills_the_file(tmp_path, way):
+    if way == "direct" and not supports_direct(tmp_path):
+        pytest.skip("no O_DIRECT here")
+    path = tmp_path / "file"
+    target = Target(way, path, 5 << 20, num_threads=3)
+    with target.ready() as fill:
+        fill(True)
+        content = path.read_bytes()
+        assert len(content) == 5 << 20
+        assert content[: 1 << 19] == content[4 << 20 : (4 << 20) + (1 << 19)] != bytes(1 << 19)
+        assert read_buffers([path], 3) == read_mapped([path]) == 5 << 20
+        assert way != "direct" or read_direct([path], 3) == 5 << 20
+    assert not path.exists()
 
 
 def test_table_goes_between_the_markers(tmp_path):

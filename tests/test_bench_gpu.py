@@ -17,9 +17,10 @@ from .tools import ROOT, run
 sys.path.append(str(ROOT / "bench"))
 
 from benchlib import gpu_streaming, gpu_torch
-from benchlib.arrays import DTYPES, make_layer_arrays
 from benchlib.gpu_kernels import measure_kernels
 from benchlib.rows import Row
+
+from metagpt_fast.benchmarking.arrays import DTYPES, make_layer_arrays
 
 
 class TimedFake(FakeDevice):

@@ -119,7 +119,7 @@ def test_label_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 NO_CHECKPOINT: dict[str, tuple[dict[str, bytes], tuple[str, ...]]] = {
     "empty folder": ({}, ("no safetensors files", "got an empty folder", "expected model.safetensors")),
     "other files": ({"config.json": b"{}"}, ("no safetensors files", "got config.json")),
-    "pickle": ({"pytorch_model.bin": b""}, ("pickle", "got pytorch_model.bin", "save_pretrained")),
+    "pickle": ({"optimizer.pt": b""}, ("pickle", "got optimizer.pt", "save_pretrained")),
     "gguf": ({"q4.gguf": b""}, ("GGUF", "got q4.gguf", "original")),
     "adapter": (
         {"adapter_model.safetensors": ONE, "adapter_config.json": b"{}"},

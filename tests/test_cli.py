@@ -340,7 +340,7 @@ def test_ctrl_c_is_a_short_message_and_status_130(calls, monkeypatch):
     raise_in_merge(monkeypatch, KeyboardInterrupt())
     result = run(*BASIC)
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "interrupted: no unfinished output was left behind\n"
+    assert result.stderr == "interrupted: this run left no unfinished output behind\n"
 
 
 @pytest.mark.parametrize(

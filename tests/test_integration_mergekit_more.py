@@ -288,6 +288,20 @@ def test_the_command(zoo, tmp_path, metagpt_fast_run):
     assert "Traceback" not in again.stderr
 
 
+def test_the_command_without_waiting_for_the_disk(zoo, tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "fdatasync", "sync"):
+        monkeypatch.setattr(os, name, lambda *arguments: calls.append(arguments))
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(with_paths(LINEAR, zoo)))
+    run = mergekit_cli._command().main
+    run([str(config), str(tmp_path / "out"), "--quiet", "--no-sync"], standalone_mode=False)
+    assert calls == []
+    run([str(config), str(tmp_path / "synced"), "--quiet"], standalone_mode=False)
+    assert calls
+    assert tensor_bytes(tmp_path / "out") == tensor_bytes(tmp_path / "synced")
+
+
 def test_the_commands_messages(tmp_path):
     (tmp_path / "bad.yml").write_text("merge_method: linear\nmodels: [{model: /nowhere/at/all}]\n")
     done = command(tmp_path, "bad.yml", "out", HF_HUB_OFFLINE="1")

@@ -139,6 +139,24 @@ def test_a_resumed_merge_has_the_same_bytes(family, tmp_path, monkeypatch, name)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_interrupted_while_it_opens_what_is_there(family, tmp_path, monkeypatch):
+    """What an earlier run has done is kept, and the message says so."""
+    merge(family, tmp_path / "expected", "metagpt")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        Interrupter(patch, "_combine", 4)
+        merge(family, tmp_path / "out", "metagpt")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="--resume"):
+        patch.setattr("metagpt_fast.shard_files.ShardFiles.open", interrupt)
+        merge(family, tmp_path / "out", "metagpt", resume=True)
+    report = merge(family, tmp_path / "out", "metagpt", resume=True)
+    assert report.num_resumed > 0
+    assert files_of(tmp_path / "out")[0] == files_of(tmp_path / "expected")[0]
+
+
 @pytest.mark.parametrize("name", sorted(IN_TWO_PASSES))
 def test_a_measuring_pass_goes_on_where_it_stopped(family, tmp_path, monkeypatch, name):
     merge(family, tmp_path / "expected", name)

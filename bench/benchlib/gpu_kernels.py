@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from benchlib.arrays import DTYPES, LayerArrays, make_layer_arrays
 from benchlib.rows import Row, Spread, gram_nbytes, merge_nbytes
 from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.backends.device import Device
 from metagpt_fast.backends.launch_tables import DeviceTable, Launch, pack
+from metagpt_fast.benchmarking.arrays import DTYPES, LayerArrays, make_layer_arrays
 
 _STAGING_NBYTES = 64 << 20
 

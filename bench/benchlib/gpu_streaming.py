@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchlib.arrays import DTYPES, make_layer_arrays
 from benchlib.gpu_kernels import TimedDevice
 from benchlib.rows import Row, Spread
 from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.backends.streamed import StreamedBackend
 from metagpt_fast.backends.tables import LayerTable, OutputTable, layer_table, output_table
+from metagpt_fast.benchmarking.arrays import DTYPES, make_layer_arrays
 
 NUM_MODELS = 3
 _BATCH_NBYTES = 256 << 20  # what layer_pass hands to a backend

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchlib.arrays import LayerArrays
+from metagpt_fast.benchmarking.arrays import LayerArrays
 
 _CHUNK_NUMEL = 16 << 20  # float32 copies of all operands at this size: what eager torch needs beside the weights
 

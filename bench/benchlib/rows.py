@@ -85,7 +85,7 @@ class Row:
     """One thing that was measured.
 
     Attributes:
-        suite: ``kernels``, ``merge``, ``methods``, ``mergekit``, ``startup``, ``scale`` or ``ceilings``.
+        suite: ``kernels``, ``ceilings``, ``io``, ``merge``, ``methods``, ``mergekit``, ``startup`` or ``scale``.
         name: unique within the suite; the same in every result, so that two can be compared.
         parameters: what the name stands for, as plain values.
         metrics: by name in ``METRICS``.

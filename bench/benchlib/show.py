@@ -13,6 +13,7 @@ from benchlib.rows import Row, Spread
 _SHOWN = {
     "kernels": ("gb_per_s", "ceiling_gb_per_s", "percent_of_ceiling", "speedup_numpy", "speedup_torch"),
     "ceilings": ("gflop_per_s",),
+    "io": ("seconds", "gb_per_s", "ceiling_gb_per_s", "percent_of_ceiling"),
     "merge": ("seconds", "ratio_to_reference", "gb_per_s", "user_seconds", "system_seconds", "peak_anonymous_mb",
               "peak_resident_mb"),
     "methods": ("seconds", "speedup_mergekit", "speedup_mergekit_fast", "user_seconds", "system_seconds",

@@ -5,9 +5,18 @@ MF_INLINE Scalar* row_of(std::byte* rows, std::size_t index) {
   return reinterpret_cast<Scalar*>(rows) + index * kChunkNumel;
 }
 
+// Fetches the operand's next chunk while this one is worked on, which takes longer than memory: the processor's own
+// prefetching begins anew in every chunk, because the operands are read in turns.
+MF_INLINE void prefetch_chunk(Operand operand, std::size_t offset) {
+  const std::size_t size = itemsize(operand.dtype);
+  const std::byte* next = operand.data + offset * size;
+  for (std::size_t i = 0; i < kChunkNumel * size; i += 64) __builtin_prefetch(next + i);
+}
+
 // base[0 .. n) = the base's elements [offset, offset + n), and zeros up to a multiple of kNumLanes.
 template <class Vec>
 void load_base(const Operand* operands, std::size_t offset, std::size_t n, typename Vec::Scalar* base) {
+  if (n == kChunkNumel) prefetch_chunk(operands[0], offset + n);
   for_each_vector<Vec>(operands[0], offset, n, [=](std::size_t e, typename Vec::Reg x) { Vec::store(base + e, x); });
   for (std::size_t e = round_up(n, Vec::kLanes); e < round_up(n, kNumLanes); ++e) base[e] = 0;
 }
@@ -16,6 +25,7 @@ void load_base(const Operand* operands, std::size_t offset, std::size_t n, typen
 template <class Vec>
 void load_delta(Operand model, std::size_t offset, std::size_t n, const typename Vec::Scalar* base,
                 typename Vec::Scalar* delta) {
+  if (n == kChunkNumel) prefetch_chunk(model, offset + n);
   for_each_vector<Vec>(model, offset, n, [=](std::size_t e, typename Vec::Reg x) {
     Vec::store(delta + e, Vec::sub(x, Vec::load(base + e)));
   });

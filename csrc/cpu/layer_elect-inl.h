@@ -91,7 +91,8 @@ MF_NOINLINE void elect_chunk(const SparseRows& rows, const ElectionRule& rule, s
       I32x4 bits, mask;
       load_wide(deltas + t * kChunkNumel + e, bits);
       load_wide(masks + t * kChunkNumel + e, mask);
-      const F64x4 delta = __builtin_convertvector((F32x4)(bits & mask), F64x4);
+      F64x4 delta;
+      VecF::widen((F32x4)(bits & mask), delta);
       terms[t] = delta * scales[t];
       if (kElects) {
         votes = votes + (has_votes ? delta * vote_scales[t] : terms[t]);
@@ -129,6 +130,50 @@ MF_NOINLINE void elect_chunk(const SparseRows& rows, const ElectionRule& rule, s
   }
 }
 
+// The same where terms are added up and not divided: what counts on either side of zero, then the side that is elected.
+template <int kModels, bool kElects, bool kHasVotes>
+MF_NOINLINE void elect_sum_chunk(const SparseRows& rows, const ElectionRule& rule, std::size_t n,
+                                 float* __restrict out) {
+  constexpr std::size_t kStep = 4;
+  const auto* base = row_of<float>(rows.base, 0);
+  const auto* deltas = row_of<float>(rows.deltas, 0);
+  const std::uint32_t* masks = rows.masks;
+  const F64x4 zero = {};
+  const F64x4 lambda = zero + rule.lambda;
+  F64x4 scales[kModels], vote_scales[kModels];
+  for (int t = 0; t < kModels; ++t) {
+    scales[t] = zero + rule.scales[t];
+    vote_scales[t] = zero + rule.votes[t];
+  }
+  for (std::size_t e = 0; e < n; e += kStep) {
+    F64x4 votes = zero;
+    F64x4 above = zero;  // or all, without an election
+    F64x4 below = zero;
+    for (int t = 0; t < kModels; ++t) {
+      I32x4 bits, mask;
+      load_wide(deltas + t * kChunkNumel + e, bits);
+      load_wide(masks + t * kChunkNumel + e, mask);
+      F64x4 delta;
+      VecF::widen((F32x4)(bits & mask), delta);
+      const F64x4 term = delta * scales[t];
+      if (kElects) {
+        votes = votes + (kHasVotes ? delta * vote_scales[t] : term);
+        // A NaN counts on both sides.
+        above = above + (zero > term ? zero : term);
+        below = below + (zero < term ? zero : term);
+      } else {
+        above = above + (F64x4)((I64x4)term & __builtin_convertvector(mask, I64x4));
+      }
+    }
+    const F64x4 total = !kElects ? above : votes >= zero ? above : below;
+    const F32x4 change = __builtin_convertvector(total * lambda, F32x4);
+    F32x4 origin;
+    load_wide(base + e, origin);
+    const F32x4 sum = origin + change;
+    store_wide(out + e, change == F32x4{} ? origin : sum);
+  }
+}
+
 constexpr std::size_t kMaxFastModels = 4;
 using ElectChunk = void (*)(const SparseRows&, const ElectionRule&, std::size_t, float*);
 
@@ -141,7 +186,18 @@ MF_INLINE ElectChunk find_elect_chunk(const SparseRun& run, const ElectionRule& 
   for (std::size_t t = 0; t < run.num_models; ++t) {
     if (run.masks[t].kind == MaskKind::kNear || rule.uniques[t] != 1) return nullptr;
   }
-  return kByModels[rule.elects ? 1 : 0][run.num_models - 1];
+  static constexpr ElectChunk kSumsByModels[3][kMaxFastModels] = {
+      {elect_sum_chunk<1, false, false>, elect_sum_chunk<2, false, false>, elect_sum_chunk<3, false, false>,
+       elect_sum_chunk<4, false, false>},
+      {elect_sum_chunk<1, true, false>, elect_sum_chunk<2, true, false>, elect_sum_chunk<3, true, false>,
+       elect_sum_chunk<4, true, false>},
+      {elect_sum_chunk<1, true, true>, elect_sum_chunk<2, true, true>, elect_sum_chunk<3, true, true>,
+       elect_sum_chunk<4, true, true>}};
+  const std::size_t last = run.num_models - 1;
+  if (!rule.normalizes && !(rule.floor > 1)) {
+    return kSumsByModels[!rule.elects ? 0 : votes_differ(rule, run.num_models) ? 2 : 1][last];
+  }
+  return kByModels[rule.elects ? 1 : 0][last];
 }
 
 // Whether all there is to do is base + λ (scale · δ) m for one model with a near mask, as NearSwap has it.

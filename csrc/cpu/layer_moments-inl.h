@@ -27,22 +27,28 @@ MF_INLINE double sum_of_lanes(const double* lanes) {
 }
 
 // sums[t, 0] += elements kept, sums[t, 5] += elements that only model t keeps.
-MF_NOINLINE void count_kept(const std::uint32_t* masks, std::size_t num_models, std::size_t n, std::uint32_t* counts,
-                            double* sums) {
-  for (std::size_t e = 0; e < n; ++e) counts[e] = 0;
+MF_NOINLINE void count_kept(const std::uint32_t* masks, std::size_t num_models, std::size_t n, double* sums) {
+  std::uint64_t once[kChunkNumel / 64] = {};   // kept by some model
+  std::uint64_t twice[kChunkNumel / 64] = {};  // kept by more than one
+  std::uint64_t kept[kChunkNumel / 64];
+  const std::size_t num_words = round_up(n, 64) / 64;
   for (std::size_t t = 0; t < num_models; ++t) {
-    for (std::size_t e = 0; e < n; ++e) counts[e] += masks[t * kChunkNumel + e] & 1;
+    pack_bits<VecF>(masks + t * kChunkNumel, n, kept);
+    for (std::size_t w = 0; w < num_words; ++w) {
+      twice[w] |= once[w] & kept[w];
+      once[w] |= kept[w];
+    }
   }
   for (std::size_t t = 0; t < num_models; ++t) {
-    std::uint32_t kept = 0;
-    std::uint32_t alone = 0;
-    for (std::size_t e = 0; e < n; ++e) {
-      const std::uint32_t one = masks[t * kChunkNumel + e] & 1;
-      kept += one;
-      alone += counts[e] == 1 ? one : 0;
+    pack_bits<VecF>(masks + t * kChunkNumel, n, kept);
+    int num_kept = 0;
+    int num_alone = 0;
+    for (std::size_t w = 0; w < num_words; ++w) {
+      num_kept += __builtin_popcountll(kept[w]);
+      num_alone += __builtin_popcountll(kept[w] & ~twice[w]);
     }
-    sums[t * kNumMoments] += kept;
-    sums[t * kNumMoments + 5] += alone;
+    sums[t * kNumMoments] += num_kept;
+    sums[t * kNumMoments + 5] += num_alone;
   }
 }
 
@@ -58,7 +64,7 @@ void sum_moments(const SparseRun& run, const SparseRows& rows, double* sums) {
       const std::size_t n = min_size(kChunkNumel, end - offset);
       load_deltas<Vec>(run.operands, num_models, offset, n, rows);
       chunk_masks<Scalar>(run, offset, n, rows);
-      count_kept(rows.masks, num_models, round_up(n, kNumLanes), rows.integers, sums);
+      count_kept(rows.masks, num_models, n, sums);
       for (std::size_t t = 0; t < num_models; ++t) {
         const auto add = run.masks[t].kind == MaskKind::kNear ? add_moments<Scalar, true> : add_moments<Scalar, false>;
         add(row_of<Scalar>(rows.deltas, t), rows.masks + t * kChunkNumel, rows.weights + t * kChunkNumel,

@@ -72,12 +72,7 @@ MF_INLINE void random_block(std::uint64_t stream, std::uint64_t counter, std::ui
   for (int r = 0; r < kNumRegisters; ++r) {
     const Lanes64 front = (a[r] & kLow) | b[r] << 32;
     const Lanes64 back = (c[r] & kLow) | d[r] << 32;
-    std::uint64_t words[4][2];
-    for (int i = 0; i < 4; ++i) {
-      words[i][0] = front[i];
-      words[i][1] = back[i];
-    }
-    __builtin_memcpy(out + 16 * r, words, sizeof(words));
+    Vec::store_interleaved(front, back, out + 16 * r);
   }
 }
 

@@ -23,6 +23,20 @@ struct VecF {
   MF_INLINE Lanes64 multiply_low_halves(Lanes64 a, Lanes64 b) {
     return (Lanes64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
   }
+  // out[2 i] = a[i], out[2 i + 1] = b[i].
+  template <class Lanes64>
+  MF_INLINE void store_interleaved(Lanes64 a, Lanes64 b, std::uint32_t* out) {
+    const __m256i even = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+    const __m256i odd = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+  }
+
+  // Four floats as doubles, for which GCC 12 makes four instructions of __builtin_convertvector.
+  template <class Narrow, class Wide>
+  MF_INLINE void widen(const Narrow& x, Wide& out) {
+    out = (Wide)_mm256_cvtps_pd((__m128)x);
+  }
 
   // Keys are below 2^31: a bit for each that is greater, or equal.
   MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) {

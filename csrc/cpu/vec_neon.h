@@ -16,6 +16,12 @@ struct VecF {
     return kLanes - vaddvq_u32(vshrq_n_u32(vcltq_f32(vabsq_f32(x), limit), 31));
   }
 
+  // Four floats as doubles.
+  template <class Narrow, class Wide>
+  MF_INLINE void widen(const Narrow& x, Wide& out) {
+    out = __builtin_convertvector(x, Wide);
+  }
+
   // Keys are below 2^31: a bit for each that is greater, or equal.
   MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) {
     return bits_of(vcgtq_u32(vld1q_u32(keys), vdupq_n_u32(limit)));

@@ -21,6 +21,11 @@ struct VecScalar {
   }
   MF_INLINE unsigned count_not_below(Reg x, Reg limit) { return !((x < 0 ? -x : x) < limit); }
 
+  template <class Narrow, class Wide>
+  MF_INLINE void widen(const Narrow& x, Wide& out) {
+    out = __builtin_convertvector(x, Wide);
+  }
+
   MF_INLINE std::uint32_t greater(const std::uint32_t* keys, std::uint32_t limit) { return *keys > limit; }
   MF_INLINE std::uint32_t equal(const std::uint32_t* keys, std::uint32_t key) { return *keys == key; }
   MF_INLINE std::size_t pack(const std::uint32_t* keys, std::uint32_t bits, std::uint32_t* out) {

@@ -78,6 +78,7 @@ def run_merge(
     overwrite: bool = False,
     resume: bool = False,
     memory: str | int = DEFAULT_MEMORY,
+    sync: bool = True,
     progress: Progress | None = None,
 ) -> FastMerge:
     """Merge as ``mergekit.merge.run_merge`` does, with the engine of this package.
@@ -91,6 +92,7 @@ def run_merge(
         resume: go on with the same merge where it was interrupted, if it was. mergekit plans again, and computes again
             what the engine cannot take; if other bytes come out, resuming is refused.
         memory: bound of the memory that mapped files may take.
+        sync: wait until everything is on the disk, which mergekit does not do.
         progress: what is told how far the work is.
 
     Returns:
@@ -140,6 +142,7 @@ def run_merge(
             max_shard_size=options.out_shard_size if options.out_shard_size > 0 else _UNLIMITED,
             overwrite=overwrite,
             resume=resume,
+            sync=sync,
             progress=progress,
             started=started,
         )
@@ -147,11 +150,13 @@ def run_merge(
 
 
 @contextmanager
-def patch(*, overwrite: bool = False, resume: bool = False, memory: str | int = DEFAULT_MEMORY) -> Iterator[None]:
+def patch(
+    *, overwrite: bool = False, resume: bool = False, memory: str | int = DEFAULT_MEMORY, sync: bool = True
+) -> Iterator[None]:
     """Within this context ``mergekit.merge.run_merge`` uses the engine, wherever in mergekit it is called.
 
-    For all threads. ``overwrite``, ``resume`` and ``memory`` are as in :func:`run_merge`. What a merge has done goes to
-    the log.
+    For all threads. ``overwrite``, ``resume``, ``memory`` and ``sync`` are as in :func:`run_merge`. What a merge has
+    done goes to the log.
 
     Raises:
         IntegrationError: mergekit is missing, or of a version that is not supported.
@@ -161,8 +166,9 @@ def patch(*, overwrite: bool = False, resume: bool = False, memory: str | int = 
 
     def fast_run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:
         merged = run_merge(
-            merge_config, out_path, options, config_source, overwrite=overwrite, resume=resume, memory=memory
-        )
+            merge_config, out_path, options, config_source,
+            overwrite=overwrite, resume=resume, memory=memory, sync=sync,
+        )  # fmt: skip
         _logger.info("%s", merged.summary)
         for warning in merged.report.warnings if merged.report is not None else ():
             _logger.warning("%s", warning)

@@ -55,10 +55,12 @@ def _command() -> Any:
     @click.option("--overwrite", is_flag=True, help="Replace OUT_PATH if it exists, once the merge is done.")
     @click.option("--resume", is_flag=True, help="Go on with this merge if it was interrupted; else begin it.")
     @click.option("--memory", default="1GiB", show_default=True, help="Bound of the memory that mapped files may take.")
+    @click.option(
+        "--no-sync", "sync", is_flag=True, flag_value=False, default=True,
+        help="Do not wait for the disk, as mergekit does not: after a power failure OUT_PATH may be broken.",
+    )  # fmt: skip
     @add_merge_options  # type: ignore[untyped-decorator]
-    def command(
-        merge_options: Any, config_file: str, out_path: str, overwrite: bool, resume: bool, memory: str
-    ) -> None:
+    def command(merge_options: Any, config_file: str, out_path: str, **ours: Any) -> None:
         """Merge what CONFIG_FILE says into OUT_PATH: planned by mergekit, carried out by metagpt_fast.
 
         Everything that mergekit-yaml takes works here. The output appears when it is whole. docs/integrating.md says
@@ -66,12 +68,12 @@ def _command() -> Any:
         """
         gc.enable()
         gc.freeze()
-        _run(merge_options, config_file, out_path, overwrite=overwrite, resume=resume, memory=memory)
+        _run(merge_options, config_file, out_path, **ours)
 
     return command
 
 
-def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, resume: bool, memory: str) -> None:
+def _run(options: Any, config_file: str, out_path: str, *, memory: str, **ours: bool) -> None:
     from mergekit.config import MergeConfiguration
 
     from ..console import print_message, print_warnings
@@ -90,15 +92,9 @@ def _run(options: Any, config_file: str, out_path: str, *, overwrite: bool, resu
         config = MergeConfiguration.model_validate(document)
     with open_progress(quiet=options.quiet) as progress:
         merged = run_merge(
-            config,
-            out_path,
-            options,
-            source,
-            overwrite=overwrite,
-            resume=resume,
-            memory=memory,
-            progress=progress,
-        )
+            config, out_path, options, source, memory=memory, progress=progress,
+            overwrite=ours["overwrite"], resume=ours["resume"], sync=ours["sync"],
+        )  # fmt: skip
     if merged.report is not None:
         print_warnings([*notes, *merged.report.warnings])
     if not options.quiet:

@@ -6,6 +6,7 @@ unshare --map-root-user --mount .venv/bin/python -m tests.faults.full_disk
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--merge", choices=list(MERGES), help="only this one")
     parser.add_argument("--step", type=int, default=4096, help="bytes by which the disk grows")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "work"
@@ -78,7 +80,8 @@ def main() -> None:
         finally:
             campaign.close()
             subprocess.run(["umount", place], check=True)
-            print(*(f"{count:7,} {what}" for what, count in campaign.counts.items()), sep="\n")
+            lines = (f"{count:7,} {what}" for what, count in campaign.counts.items())
+            print(json.dumps(campaign.counts) if arguments.json else "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from metagpt_fast.backends.tables import MEMORY, LayerTable, OutputTable, layer_table, output_table
-from metagpt_fast.dtypes import BF16, F16, F32, DType
-from metagpt_fast.reference import round_from_float32
+from ..backends.tables import MEMORY, LayerTable, OutputTable, layer_table, output_table
+from ..dtypes import BF16, F16, F32, DType
+from ..reference import round_from_float32
 
 DTYPES: dict[str, DType] = {"bf16": BF16, "f16": F16, "f32": F32}
 DEFAULT_NUMEL = 64 << 20
