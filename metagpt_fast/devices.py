@@ -49,8 +49,9 @@ def check_device(device: str) -> str:
 def open_backend(device: str, backend: str, methods: Sequence[Method], device_memory: str | int) -> Iterator[Choice]:
     """Choose where to compute, for weights in files, and open it.
 
-    ``auto`` is the CPU: its kernels take less time than reading the files, also from the page cache, and a GPU gets
-    their bytes no faster. Nothing is asked of a driver unless a GPU is asked for.
+    ``auto`` is the CPU: its linear kernels take less time than reading the files, also from the page cache, and a GPU
+    gets their bytes no faster; for methods that prune, nothing has been measured on a GPU. Nothing is asked of a driver
+    unless a GPU is asked for.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -65,7 +66,7 @@ def open_backend(device: str, backend: str, methods: Sequence[Method], device_me
     check_device(device)
     nbytes = parse_nbytes(device_memory, where="device_memory")
     if not device.startswith("cuda"):
-        reason = "asked for" if device == "cpu" else "a merge from files is bound by reading them"
+        reason = "asked for" if device == "cpu" else _reason_for_the_cpu(methods)
         yield Choice(make_backend(backend), "cpu", reason)
         return
     _check_possible(backend, methods)
@@ -109,14 +110,31 @@ def _check_possible(backend: str, methods: Sequence[Method]) -> None:
             hint="leave out one of the two",
         )
     for method in methods:
-        if isinstance(method, SparseMethod) or method.axis is not None:
-            kind = (
-                "prunes task vectors" if isinstance(method, SparseMethod) else f"works {method.axis} by {method.axis}"
-            )
+        reason = _reason_against(method)
+        if reason is not None:
             raise BackendError(
-                f"the method {kind}, which is not there on a GPU yet",
+                f"the method {reason}, which is not there on a GPU yet",
                 where="device",
                 got=f"{method.name} on a GPU",
-                expected="a method with coefficients for whole tensors",
+                expected="a method that combines whole tensors, or prunes by magnitude, variance or at random",
                 hint="use --device cpu",
             )
+
+
+def _reason_against(method: Method) -> str | None:
+    """Return what a method does that is not there on a GPU, None if nothing."""
+    if method.axis is not None:
+        return f"works {method.axis} by {method.axis}"
+    if isinstance(method, SparseMethod) and method.measures_rows:
+        return "measures how far every row is from the base's"
+    return None
+
+
+def _reason_for_the_cpu(methods: Sequence[Method]) -> str:
+    for method in methods:
+        reason = _reason_against(method)
+        if reason is not None:
+            return f"{method.name} {reason}, which is not there on a GPU"
+    if any(isinstance(method, SparseMethod) for method in methods):
+        return "methods that prune have not been measured on a GPU"
+    return "a merge from files is bound by reading them"

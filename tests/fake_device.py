@@ -16,14 +16,17 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from metagpt_fast import _native
 from metagpt_fast.backends.launch_tables import Launch, table_nbytes
+from metagpt_fast.backends.sparse_tables import SparseLaunch
 
 from .arrays import POISON
+from .cuda_emulation import EmulatedCompute
 
 Range = tuple[int, int]  # address, bytes
 HOST = -1
@@ -71,6 +74,10 @@ class Compute(Protocol):
 
     def layer_gram(self, launch: Launch, scratch: int, gram: int) -> None: ...
     def layer_merge(self, launch: Launch, num_nonfinite: int) -> None: ...
+    def count_keys(self, launch: SparseLaunch, what: int, counts: int) -> None: ...
+    def layer_moments(self, launch: SparseLaunch, scratch: int, moments: int) -> None: ...
+    def layer_elect(self, launch: SparseLaunch, num_nonfinite: int) -> None: ...
+    def ranked_masks(self, launch: SparseLaunch, scratch: int) -> None: ...
 
 
 class FakeDevice:
@@ -155,21 +162,40 @@ class FakeDevice:
 
     def layer_gram(self, stream: FakeStream, launch: Launch, scratch: int, gram: int) -> None:
         num_pairs = launch.num_operands * (launch.num_operands + 1) // 2
-        scratch_nbytes = 8 * (launch.num_blocks + launch.num_spans) * num_pairs
-        self._inside(self._memory, scratch, scratch_nbytes)
-        writes = [(scratch, scratch_nbytes), (gram, 8)]
-        self._give(
-            stream, "layer_gram", lambda: self._compute.layer_gram(launch, scratch, gram), [launch.reads], writes
-        )
-        self.num_launches += 1
+        used = (scratch, 8 * (launch.num_blocks + launch.num_spans) * num_pairs)
+        self._inside(self._memory, *used)
+        run = partial(self._compute.layer_gram, launch, scratch, gram)
+        self._launch(stream, "layer_gram", run, launch, [used, (gram, 8)])
 
     def layer_merge(self, stream: FakeStream, launch: Launch, num_nonfinite: int) -> None:
         self._inside(self._memory, *launch.writes)
-        writes = [launch.writes, (num_nonfinite, 8)]
-        self._give(
-            stream, "layer_merge", lambda: self._compute.layer_merge(launch, num_nonfinite), [launch.reads], writes
+        run = partial(self._compute.layer_merge, launch, num_nonfinite)
+        self._launch(stream, "layer_merge", run, launch, [launch.writes, (num_nonfinite, 8)])
+
+    def count_keys(self, stream: FakeStream, launch: SparseLaunch, what: int, counts: int) -> None:
+        self._inside(self._memory, counts, 8)
+        self._launch(
+            stream, "count_keys", lambda: self._compute.count_keys(launch, what, counts), launch, [(counts, 8)]
         )
-        self.num_launches += 1
+
+    def layer_moments(self, stream: FakeStream, launch: SparseLaunch, scratch: int, moments: int) -> None:
+        num_sums = 6 * (launch.num_operands - 1)
+        used = (scratch, 8 * (launch.num_blocks + launch.num_spans) * num_sums)
+        self._inside(self._memory, *used)
+        run = partial(self._compute.layer_moments, launch, scratch, moments)
+        self._launch(stream, "layer_moments", run, launch, [used, (moments, 8)])
+
+    def layer_elect(self, stream: FakeStream, launch: SparseLaunch, num_nonfinite: int) -> None:
+        self._inside(self._memory, *launch.writes)
+        run = partial(self._compute.layer_elect, launch, num_nonfinite)
+        self._launch(stream, "layer_elect", run, launch, [launch.writes, (num_nonfinite, 8)])
+
+    def ranked_masks(self, stream: FakeStream, launch: SparseLaunch, scratch: int) -> None:
+        used = (scratch, 9 * launch.num_items)
+        self._inside(self._memory, *used)
+        self._inside(self._memory, *launch.writes)
+        run = partial(self._compute.ranked_masks, launch, scratch)
+        self._launch(stream, "ranked_masks", run, launch, [launch.writes, used])
 
     def drain(self) -> None:
         for stream in self._streams:
@@ -181,6 +207,12 @@ class FakeDevice:
         self.is_closed = True
 
     # ------------------------------------------------------------- machinery
+
+    def _launch(
+        self, stream: FakeStream, name: str, run: Callable[[], object], launch: Launch, writes: list[Range]
+    ) -> None:
+        self._give(stream, name, run, [launch.reads], writes)
+        self.num_launches += 1
 
     def _give(
         self,
@@ -284,8 +316,8 @@ def read_table(launch: Launch) -> Tables:
     return Tables(*arrays)
 
 
-class CpuCompute:
-    """The CPU's kernels in the place of the device's."""
+class CpuCompute(EmulatedCompute):
+    """The CPU's kernels in the place of the device's; of sparse methods those for the device, on the host."""
 
     def layer_gram(self, launch: Launch, scratch: int, gram: int) -> None:
         table = read_table(launch)

@@ -21,10 +21,16 @@ KERNELS = {
     "gram_uniform_kernel": 15,  # dtypes x numbers of operands
     "gram_general_kernel": 1,
     "gram_fp64_kernel": 1,
-    "gram_span_kernel": 1,
     "gram_tensor_kernel": 1,
+    "span_sums_kernel": 1,
     "merge_uniform_kernel": 3,
     "merge_general_kernel": 1,
+    "count_keys_kernel": 4,  # what is counted
+    "moments_block_kernel": 1,
+    "moments_tensor_kernel": 1,
+    "elect_kernel": 1,
+    "ranked_rows_kernel": 1,
+    "pack_bits_kernel": 1,
 }
 # An SM has 65536: of so many registers, 512 threads run at a time.
 MAX_REGISTERS = 128

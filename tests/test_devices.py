@@ -64,6 +64,23 @@ def test_auto_is_the_cpu_and_says_why(family, tmp_path, monkeypatch):
     assert mf.merge(base, models, tmp_path / "two", device="cpu").device_reason == "asked for"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "ties"}, "methods that prune have not been measured on a GPU"),
+        (
+            {"method": "nuslerp", "parameters": {"nuslerp_flatten": False}},
+            "nuslerp works row by row, which",
+        ),
+    ],
+)
+def test_auto_says_why_for_every_kind_of_method(family, tmp_path, settings, reason):
+    base, models = family
+    report = mf.merge(base, models, tmp_path / "out", **settings)
+    assert report.device == "cpu"
+    assert report.device_reason.startswith(reason)
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "", "cuda:00000", 0])
 def test_devices_that_are_none(family, tmp_path, device):
     base, models = family
@@ -103,8 +120,10 @@ def test_an_installation_without_the_module(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"method": "ties"}, "prunes task vectors, which is not there on a GPU yet: got ties on a GPU"),
-        ({"method": "dare_linear"}, "prunes"),
+        (
+            {"method": "arcee_fusion"},
+            "measures how far every row is .* got arcee_fusion on a GPU",
+        ),
         ({"backend": "reference"}, "'reference' with --device cuda"),
         ({"backend": "cpu"}, "'cpu' with --device cuda"),
     ],
@@ -112,6 +131,7 @@ def test_an_installation_without_the_module(monkeypatch):
 def test_what_a_gpu_does_not_do_is_refused_before_it_is_looked_for(family, tmp_path, monkeypatch, settings, reason):
     monkeypatch.setattr(devices, "_open_device", lambda index: pytest.fail("a device was opened"))
     base, models = family
+    models = models[:1] if settings.get("method") == "arcee_fusion" else models
     with pytest.raises(BackendError, match=reason):
         mf.merge(base, models, tmp_path / "out", device="cuda", **settings)
     assert not (tmp_path / "out").exists()

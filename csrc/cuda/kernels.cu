@@ -1,8 +1,12 @@
 // The one file that nvcc compiles.
 #include "kernels.h"
 
+#include "layer_elect.cuh"
 #include "layer_gram.cuh"
 #include "layer_merge.cuh"
+#include "layer_moments.cuh"
+#include "layer_threshold.cuh"
+#include "ranked_masks.cuh"
 
 namespace metagpt_fast::cuda {
 
@@ -14,6 +18,27 @@ void run_layer_gram(const LayerTable& table, std::int64_t num_blocks, std::int64
 void run_layer_merge(const LayerTable& table, std::int64_t num_blocks, unsigned kinds,
                      unsigned long long* num_nonfinite, cudaStream_t stream) {
   layer_merge(table, num_blocks, kinds, num_nonfinite, stream);
+}
+
+void run_count_keys(const LayerTable& table, std::int64_t num_blocks, int count, std::uint64_t wanted, int key_kind,
+                    int num_keys, int num_ranks, unsigned long long* counts, cudaStream_t stream) {
+  count_keys(table, num_blocks, static_cast<Count>(count), wanted, key_kind, num_keys, num_ranks, counts, stream);
+}
+
+void run_layer_moments(const LayerTable& table, const MaskColumns& masks, std::int64_t num_blocks,
+                       std::int64_t num_spans, double* scratch, double* moments, cudaStream_t stream) {
+  layer_moments(table, masks, num_blocks, num_spans, scratch, moments, stream);
+}
+
+void run_layer_elect(const LayerTable& table, const MaskColumns& masks, const ElectionColumns& election,
+                     std::int64_t num_blocks, unsigned long long* num_nonfinite, cudaStream_t stream) {
+  layer_elect(table, masks, election, num_blocks, num_nonfinite, stream);
+}
+
+void run_ranked_masks(const LayerTable& table, const MaskColumns& masks, const RankColumns& ranks,
+                      std::int64_t num_blocks, std::int64_t num_rows, std::int64_t num_items, void* scratch,
+                      cudaStream_t stream) {
+  ranked_masks(table, masks, ranks, num_blocks, num_rows, num_items, scratch, stream);
 }
 
 }  // namespace metagpt_fast::cuda

@@ -3,25 +3,17 @@
 // in order within a span, and spans in order. A thread is one virtual lane, half a warp is a block.
 #pragma once
 
-#include "elements.cuh"
+#include "sums.cuh"
 
 namespace metagpt_fast::cuda {
 
-inline constexpr unsigned kAllThreads = 0xffffffffu;
-inline constexpr int kGramWarps = 4;
-inline constexpr int kGramThreads = 32 * kGramWarps;
+inline constexpr int kGramWarps = kSumWarps;
+inline constexpr int kGramThreads = kSumThreads;
 
 __host__ __device__ constexpr int num_pairs(int num_operands) { return num_operands * (num_operands + 1) / 2; }
 
 // The place of the pair (i, j), i <= j, among all of them.
 __device__ inline int pair_of(int i, int j, int num_operands) { return i * num_operands - i * (i - 1) / 2 + j - i; }
-
-// The sum over a block's lanes, as a fixed tree, for lane 0.
-__device__ inline double lane_tree(double sum) {
-#pragma unroll
-  for (int width = kNumLanes / 2; width > 0; width /= 2) sum += __shfl_down_sync(kAllThreads, sum, width, kNumLanes);
-  return sum;
-}
 
 template <DType kDType>
 __device__ inline float load_shared(const unsigned char* operand, int e) {
@@ -228,25 +220,6 @@ __global__ void __launch_bounds__(kGramThreads)
   if (!is_reliable) gram_block<double>(table, place.k, place.first, place.numel, sums);
 }
 
-// span_sums[s, pair] = Σ of the span's blocks, in order.
-__global__ void __launch_bounds__(kGramThreads)
-    gram_span_kernel(LayerTable table, std::int64_t num_spans, const double* block_sums, double* span_sums) {
-  const int pairs = num_pairs(table.num_operands);
-  const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kGramThreads + threadIdx.x;
-  const std::int64_t span = number / pairs, pair = number % pairs;
-  if (span >= num_spans) return;
-  const std::int64_t k = tensor_of(table.first_spans, table.num_tensors, span);
-  const std::int64_t first = table.first_blocks[k] + (span - table.first_spans[k]) * kSpanBlocks;
-  const std::int64_t rest = table.first_blocks[k + 1] - first;
-  const double* block_sum = block_sums + first * pairs + pair;
-  double sum = 0;
-#pragma unroll 8
-  for (int block = 0; block < static_cast<int>(rest < kSpanBlocks ? rest : kSpanBlocks); ++block) {
-    sum += block_sum[static_cast<std::int64_t>(block) * pairs];
-  }
-  span_sums[span * pairs + pair] = sum;
-}
-
 // gram[rows[k]] += Σ of the tensor's spans, in order.
 __global__ void __launch_bounds__(kGramThreads)
     gram_tensor_kernel(LayerTable table, const double* span_sums, double* gram) {
@@ -308,10 +281,9 @@ inline void layer_gram(const LayerTable& table, std::int64_t num_blocks, std::in
     launch("gram_general_kernel", gram_general_kernel, grid, kGramThreads, stream, table, num_blocks, scratch);
   }
   launch("gram_fp64_kernel", gram_fp64_kernel, grid, kGramThreads, stream, table, num_blocks, scratch);
-  const auto grid_of = [pairs](std::int64_t count) { return (count * pairs + kGramThreads - 1) / kGramThreads; };
-  launch("gram_span_kernel", gram_span_kernel, grid_of(num_spans), kGramThreads, stream, table, num_spans,
+  launch("span_sums_kernel", span_sums_kernel, grid_of(num_spans * pairs), kSumThreads, stream, table, num_spans, pairs,
          static_cast<const double*>(scratch), span_sums);
-  launch("gram_tensor_kernel", gram_tensor_kernel, grid_of(table.num_tensors), kGramThreads, stream, table,
+  launch("gram_tensor_kernel", gram_tensor_kernel, grid_of(table.num_tensors * pairs), kSumThreads, stream, table,
          static_cast<const double*>(span_sums), gram);
 }
 

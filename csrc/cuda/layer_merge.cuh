@@ -2,7 +2,7 @@
 // bit the CPU's. In fp32 with coefficients rounded to fp32, or all in fp64 where an operand or the output is F64.
 #pragma once
 
-#include "elements.cuh"
+#include "sums.cuh"
 
 namespace metagpt_fast::cuda {
 
@@ -56,14 +56,6 @@ __device__ inline unsigned merge_element(const LayerTable& table, std::int64_t k
   const Scalar sum = merged_element<Scalar>(table, k, e);
   store_element(table.out_addresses[k], out_dtype, e, sum);
   return is_nonfinite(sum, overflow_threshold<Scalar>(out_dtype));
-}
-
-// Adds up a warp's counts. Sums of integers do not depend on the order; most warps have nothing to add.
-__device__ inline void add_count(unsigned count, unsigned long long* total) {
-  if (__any_sync(0xffffffffu, count != 0) == 0) return;
-#pragma unroll
-  for (int width = 16; width > 0; width /= 2) count += __shfl_down_sync(0xffffffffu, count, width, 32);
-  if (threadIdx.x % 32 == 0) atomicAdd(total, static_cast<unsigned long long>(count));
 }
 
 // kVec elements, each two or four bytes wide, from 16 bytes.

@@ -135,6 +135,39 @@ void define_launches(py::module_& m) {
   });
 }
 
+// Sparse layers have a base: their tables are those of layers with one.
+void define_sparse_launches(py::module_& m) {
+  m.def("count_keys", [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks, int count,
+                         Address wanted, int key_kind, int num_keys, int num_ranks, Address counts, Address stream) {
+    cuda::run_count_keys(cuda::layer_table_at(table, num_tensors, num_operands, true), num_blocks, count, wanted,
+                         key_kind, num_keys, num_ranks, static_cast<unsigned long long*>(pointer(counts)),
+                         stream_of(stream));
+  });
+  m.def("layer_moments",
+        [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks, std::int64_t num_spans,
+           Address masks, int key_kind, Address scratch, Address moments, Address stream) {
+          cuda::run_layer_moments(cuda::layer_table_at(table, num_tensors, num_operands, true),
+                                  cuda::mask_columns_at(masks, num_tensors, num_operands - 1, key_kind), num_blocks,
+                                  num_spans, static_cast<double*>(pointer(scratch)),
+                                  static_cast<double*>(pointer(moments)), stream_of(stream));
+        });
+  m.def("layer_elect", [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks,
+                          Address masks, int key_kind, Address election, Address num_nonfinite, Address stream) {
+    cuda::run_layer_elect(cuda::layer_table_at(table, num_tensors, num_operands, true),
+                          cuda::mask_columns_at(masks, num_tensors, num_operands - 1, key_kind),
+                          cuda::election_columns_at(election, num_tensors, num_operands - 1), num_blocks,
+                          static_cast<unsigned long long*>(pointer(num_nonfinite)), stream_of(stream));
+  });
+  m.def("ranked_masks", [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks,
+                           Address masks, int key_kind, Address ranks, std::int64_t num_rows, std::int64_t num_items,
+                           Address scratch, Address stream) {
+    cuda::run_ranked_masks(cuda::layer_table_at(table, num_tensors, num_operands, true),
+                           cuda::mask_columns_at(masks, num_tensors, num_operands - 1, key_kind),
+                           cuda::rank_columns_at(ranks, num_tensors), num_blocks, num_rows, num_items, pointer(scratch),
+                           stream_of(stream));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -145,4 +178,5 @@ PYBIND11_MODULE(_cuda, m) {
   define_memory(m);
   define_streams(m);
   define_launches(m);
+  define_sparse_launches(m);
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 from .launch_tables import Launch
+from .sparse_tables import SparseLaunch
 
 
 def load_module() -> Any:
@@ -162,6 +163,30 @@ class CudaDevice:
             stream,
         )
 
+    def count_keys(self, stream: int, launch: SparseLaunch, what: int, counts: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        (wanted,) = launch.sections
+        numbers = launch.key_kind, launch.num_keys, launch.num_ranks
+        self._call(self._module.count_keys, *_sparse_table(launch), what, wanted, *numbers, counts, stream)
+
+    def layer_moments(self, stream: int, launch: SparseLaunch, scratch: int, moments: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        (masks,) = launch.sections
+        rest = launch.num_spans, masks, launch.key_kind, scratch, moments, stream
+        self._call(self._module.layer_moments, *_sparse_table(launch), *rest)
+
+    def layer_elect(self, stream: int, launch: SparseLaunch, num_nonfinite: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        masks, election = launch.sections
+        rest = masks, launch.key_kind, election, num_nonfinite, stream
+        self._call(self._module.layer_elect, *_sparse_table(launch), *rest)
+
+    def ranked_masks(self, stream: int, launch: SparseLaunch, scratch: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        masks, ranks = launch.sections
+        rest = masks, launch.key_kind, ranks, launch.num_rows, launch.num_items, scratch, stream
+        self._call(self._module.ranked_masks, *_sparse_table(launch), *rest)
+
     def drain(self) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
         with contextlib.suppress(RuntimeError):  # the error that led here is the one to report
@@ -193,3 +218,8 @@ class CudaDevice:
         except RuntimeError as error:
             hint = "give a smaller --device-memory" if "memory" in str(error) else None
             raise BackendError("CUDA failed", where=self.name, got=str(error), hint=hint) from error
+
+
+def _sparse_table(launch: SparseLaunch) -> tuple[int, int, int, int]:
+    """Return what all sparse kernels take first."""
+    return launch.table_address, launch.num_tensors, launch.num_operands, launch.num_blocks

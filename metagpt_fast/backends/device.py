@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from .launch_tables import Launch
+from .sparse_tables import SparseLaunch
 
 Stream = Any
 """Work that is carried out in the order in which it was given; nothing is said about two streams without an event."""
@@ -63,6 +64,27 @@ class Device(Protocol):
 
     def layer_merge(self, stream: Stream, launch: Launch, num_nonfinite: int) -> None:
         """Write the merged tensors; add counts of NaN and Inf to int64 ``[rows]`` at the address. Returns at once."""
+
+    def count_keys(self, stream: Stream, launch: SparseLaunch, what: int, counts: int) -> None:
+        """Add counts of keys to int64 at ``counts``: see csrc/cuda/layer_threshold.cuh. Returns at once.
+
+        ``what``: one of ``sparse_tables.UPPER_BITS``, ``LOWER_BITS``, ``EQUAL``, ``NONZERO``.
+        """
+
+    def layer_moments(self, stream: Stream, launch: SparseLaunch, scratch: int, moments: int) -> None:
+        """Add sums to float64 ``[rows, T, 6]`` at ``moments``. Returns at once.
+
+        ``scratch``: address of room for ``(num_blocks + num_spans) 6 T`` doubles.
+        """
+
+    def layer_elect(self, stream: Stream, launch: SparseLaunch, num_nonfinite: int) -> None:
+        """Write the merged tensors; add counts of NaN and Inf to int64 ``[rows]`` at the address. Returns at once."""
+
+    def ranked_masks(self, stream: Stream, launch: SparseLaunch, scratch: int) -> None:
+        """Write the bits of masks by rank. Returns at once.
+
+        ``scratch``: address of room for 9 bytes for each of the launch's items.
+        """
 
     def drain(self) -> None:
         """Wait until nothing is under way; for cleaning up after an error, so it raises none."""

@@ -56,8 +56,9 @@ class Slice:
         tensors: int64 ``[P]``: of which tensors of the layer.
         firsts, numels: int64 ``[P]``: elements ``[first, first + numel)`` of each.
         offsets: int64 ``[P, V]``: where the operands begin in the slot, behind the table.
-        out_offsets: int64 ``[P]``: where the results begin in the slot of the output.
-        nbytes: of table and operands.
+        bits_offsets: int64 ``[P]``: where the masks that are read begin, one behind the other.
+        out_offsets: int64 ``[P]``: where the results begin in the slot of the output, or masks that are written.
+        nbytes: of table, operands and masks.
         out_nbytes: of the results.
     """
 
@@ -65,6 +66,7 @@ class Slice:
     firsts: NDArray[np.int64]
     numels: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    bits_offsets: NDArray[np.int64]
     out_offsets: NDArray[np.int64]
     nbytes: int
     out_nbytes: int
@@ -85,48 +87,84 @@ class Limits:
     num_blocks: int
 
 
-def cut_into_slices(layer: LayerTable, out: OutputTable | None, limits: Limits) -> Iterator[Slice]:
-    """Yield the layer's slices, in order. Tensors are cut at multiples of SPAN_NUMEL only, which keeps the sums' bits.
+@dataclass(frozen=True)
+class Extras:
+    """What pieces of a layer take besides their operands and results.
+
+    Attributes:
+        units: int64 ``[K]``: pieces begin at multiples of so many elements.
+        bits_in, bits_out: int64 ``[K]``: masks that are read, and written, with a bit per element.
+        table_nbytes: most bytes per piece behind its part of the layer's table.
+    """
+
+    units: NDArray[np.int64]
+    bits_in: NDArray[np.int64]
+    bits_out: NDArray[np.int64]
+    table_nbytes: int = 0
+
+    @classmethod
+    def none(cls, num_tensors: int, table_nbytes: int = 0) -> Extras:
+        """Return those of tensors without masks that are cut at multiples of SPAN_NUMEL, which keeps sums' bits."""
+        zeros = np.zeros(num_tensors, np.int64)
+        return cls(np.full(num_tensors, SPAN_NUMEL, np.int64), zeros, zeros, table_nbytes)
+
+
+def bits_nbytes(numels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the room that a mask of so many elements takes in a slot."""
+    return _round_up(-(-numels // 8), _ALIGNMENT)
+
+
+def cut_into_slices(
+    layer: LayerTable, out: OutputTable | None, limits: Limits, extras: Extras | None = None
+) -> Iterator[Slice]:
+    """Yield the layer's slices, in order. Tensors are cut at multiples of SPAN_NUMEL, or of the extras' units.
 
     Raises:
-        BackendError: a single span of a tensor does not fit.
+        BackendError: a single span of a tensor, or unit, does not fit.
     """
+    more = Extras.none(layer.num_tensors) if extras is None else extras
     itemsizes = ITEMSIZES[layer.dtypes].astype(np.int64)
     out_itemsizes = np.zeros(layer.num_tensors, np.int64) if out is None else ITEMSIZES[out.dtypes].astype(np.int64)
     pieces: list[tuple[int, int, int]] = []
     used = used_out = blocks = 0
     for k in range(layer.num_tensors):
-        numel = int(layer.numels[k])
-        # Upper bounds: an operand may need up to an alignment more than its bytes.
-        fixed = table_nbytes(1, layer.num_operands, layer.has_base) + _ALIGNMENT * layer.num_operands
-        per_element, per_result = int(itemsizes[k].sum()), int(out_itemsizes[k])
+        numel, unit = int(layer.numels[k]), int(more.units[k])
+        bits_in, bits_out = int(more.bits_in[k]), int(more.bits_out[k])
+        # Upper bounds: an operand, or a mask, may need up to an alignment more than its bytes.
+        fixed = table_nbytes(1, layer.num_operands, layer.has_base) + more.table_nbytes
+        fixed += _ALIGNMENT * (layer.num_operands + bits_in)
+        out_fixed = _ALIGNMENT * max(bits_out, 1)
+        per_element = 8 * int(itemsizes[k].sum()) + bits_in  # in bits, as the next
+        per_result = 8 * int(out_itemsizes[k]) + bits_out
         first = 0
         while first < numel:
             room = min(
-                (limits.nbytes - _TABLE_ALIGNMENT - used - fixed) // per_element,
-                (limits.nbytes - used_out - _ALIGNMENT) // per_result if per_result else numel,
+                8 * (limits.nbytes - _TABLE_ALIGNMENT - used - fixed) // per_element,
+                8 * (limits.nbytes - used_out - out_fixed) // per_result if per_result else numel,
                 (limits.num_blocks - blocks) * BLOCK_NUMEL,
             )
-            wanted = (limits.preferred_nbytes - used - fixed) // per_element
-            if wanted < SPAN_NUMEL and not pieces:
-                wanted = SPAN_NUMEL
+            wanted = 8 * (limits.preferred_nbytes - used - fixed) // per_element
+            if wanted < unit and not pieces:
+                wanted = unit
             fitting = numel - first
             if fitting > min(room, wanted):
-                fitting = max(min(room, wanted), 0) // SPAN_NUMEL * SPAN_NUMEL
+                fitting = max(min(room, wanted), 0) // unit * unit
             if fitting == 0:
                 if not pieces:
-                    needed = min(numel - first, SPAN_NUMEL) * max(per_element, per_result)
-                    raise _too_small(limits, needed + fixed + _TABLE_ALIGNMENT)
-                yield _lay_out(layer, itemsizes, out_itemsizes, pieces)
+                    least = min(numel - first, unit)
+                    needed = -(-least * max(per_element, per_result) // 8) + fixed + out_fixed + _TABLE_ALIGNMENT
+                    scratch = -(-least // BLOCK_NUMEL) * (limits.nbytes // max(limits.num_blocks, 1))
+                    raise _too_small(limits, max(needed, scratch))
+                yield _lay_out(layer, itemsizes, out_itemsizes, more, pieces)
                 pieces, used, used_out, blocks = [], 0, 0, 0
                 continue
             pieces.append((k, first, fitting))
-            used += fixed + fitting * per_element
-            used_out += _ALIGNMENT + fitting * per_result
+            used += fixed + -(-fitting * per_element // 8)
+            used_out += out_fixed + -(-fitting * per_result // 8)
             blocks += -(-fitting // BLOCK_NUMEL)
             first += fitting
     if pieces:
-        yield _lay_out(layer, itemsizes, out_itemsizes, pieces)
+        yield _lay_out(layer, itemsizes, out_itemsizes, more, pieces)
 
 
 def reads_of(part: Slice, layer: LayerTable) -> list[Transfer]:
@@ -204,17 +242,30 @@ def _lay_out(
     layer: LayerTable,
     itemsizes: NDArray[np.int64],
     out_itemsizes: NDArray[np.int64],
+    extras: Extras,
     pieces: list[tuple[int, int, int]],
 ) -> Slice:
     """Place the table first, then operand after operand, so that what is adjacent in files is adjacent here."""
     tensors, firsts, numels = (np.array(column, np.int64) for column in zip(*pieces, strict=True))
-    start = _round_up(table_nbytes(len(pieces), layer.num_operands, layer.has_base), _TABLE_ALIGNMENT)
+    table = table_nbytes(len(pieces), layer.num_operands, layer.has_base) + len(pieces) * extras.table_nbytes
+    start = _round_up(table, _TABLE_ALIGNMENT)
     sizes = _round_up(numels[:, None] * itemsizes[tensors], _ALIGNMENT)  # [P, V]
     ends = np.cumsum(sizes.T.reshape(-1))
     offsets = start + (ends - sizes.T.reshape(-1)).reshape(sizes.T.shape).T
-    out_sizes = _round_up(numels * out_itemsizes[tensors], _ALIGNMENT)
+    bits = bits_nbytes(numels)
+    bits_ends = start + ends[-1] + np.cumsum(bits * extras.bits_in[tensors])
+    out_sizes = _round_up(numels * out_itemsizes[tensors], _ALIGNMENT) + bits * extras.bits_out[tensors]
     out_ends = np.cumsum(out_sizes)
-    return Slice(tensors, firsts, numels, offsets, out_ends - out_sizes, start + int(ends[-1]), int(out_ends[-1]))
+    return Slice(
+        tensors,
+        firsts,
+        numels,
+        offsets,
+        bits_ends - bits * extras.bits_in[tensors],
+        out_ends - out_sizes,
+        int(bits_ends[-1]),
+        int(out_ends[-1]),
+    )
 
 
 _Sizes = TypeVar("_Sizes", int, "NDArray[np.int64]")

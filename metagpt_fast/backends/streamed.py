@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from .. import _native
 from ..errors import BackendError
 from .cpu import CpuBackend
+from .device_results import DeviceResults
 from .launch_tables import DeviceTable, Launch, pack
 from .slices import Slice, SliceChecksums, cut_into_slices, reads_of, writes_of
+from .streamed_sparse import SparseStream
 from .streaming import Job, Pipeline
 from .tables import Written
 
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from .device import Device
     from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
+_VARIANCE, _IMPORTANCE = 1, 2  # kinds of keys
 _MAX_THREADS = 4  # that read, and that write: their memcpy is then faster than the bus
 
 
 class StreamedBackend:
-    """layer_gram and layer_merge on a device, with the bits of the CPU's; the other kernels are not there.
+    """The kernels of linear and of sparse methods on a device, with the CPU's bits; not those for rows and columns.
 
     Args:
         device: where to compute. The backend closes it, also if this raises.
@@ -45,7 +47,8 @@ class StreamedBackend:
         except BaseException:
             device.close()
             raise
-        self._results = _Results(device, self._pipeline)
+        self._results = DeviceResults(device, self._pipeline)
+        self._sparse = SparseStream(self._pipeline, self._results)
 
     def close(self) -> None:
         """Give the device's memory and the threads back."""
@@ -114,54 +117,28 @@ class StreamedBackend:
         row_factors: NDArray[np.uint64],
         key_kind: int,
         ranks: NDArray[np.int64],
-    ) -> NoReturn:
-        """Not there."""
-        _refuse("layer_threshold")
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        _check_key_kind(key_kind)
+        return self._sparse.thresholds.threshold(layer, columns, key_kind, ranks)
 
     def layer_count_nonzero(
         self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
-    ) -> NoReturn:
-        """Not there."""
-        _refuse("layer_count_nonzero")
+    ) -> NDArray[np.int64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        _check_key_kind(key_kind)
+        num_keys = 1 if key_kind == _VARIANCE else layer.num_operands - 1
+        return self._sparse.thresholds.count_nonzero(layer, key_kind, num_keys)
 
-    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NoReturn:
-        """Not there."""
-        _refuse("layer_moments")
+    def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        _check_key_kind(masks.key_kind)
+        return self._sparse.moments(layer, masks)
 
-    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> NoReturn:
-        """Not there."""
-        _refuse("layer_elect")
-
-
-class _Results:
-    """Room on the device for what the slices of one call add to: Gram matrices, or counts. Grows as needed."""
-
-    def __init__(self, device: Device, pipeline: Pipeline) -> None:
-        self._device = device
-        self._stream = pipeline.compute
-        self._done = device.make_event()
-        self._nbytes = 0
-        self._pinned = self._address = 0
-
-    def load(self, array: NDArray[Any]) -> int:
-        """Bring an array to the device, in front of everything that is computed from now on. Return its address."""
-        if array.nbytes > self._nbytes:
-            if self._nbytes:
-                self._device.free(self._address)
-                self._device.free_pinned(self._pinned)
-            self._nbytes = array.nbytes
-            self._address = self._device.allocate(array.nbytes)
-            self._pinned = self._device.allocate_pinned(array.nbytes)
-        ctypes.memmove(self._pinned, array.ctypes.data, array.nbytes)
-        self._device.copy_to_device(self._stream, self._address, self._pinned, array.nbytes)
-        return self._address
-
-    def store(self, array: NDArray[Any]) -> None:
-        """Bring it back, after all that was computed, and wait for it."""
-        self._device.copy_to_host(self._stream, self._pinned, self._address, array.nbytes)
-        self._device.record(self._done, self._stream)
-        self._device.synchronize(self._done)
-        ctypes.memmove(array.ctypes.data, self._pinned, array.nbytes)
+    def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        _check_key_kind(masks.key_kind)
+        return self._sparse.elect(layer, masks, election, out)
 
 
 def _prepare(
@@ -202,3 +179,8 @@ def _prepare(
 
 def _refuse(kernel: str) -> NoReturn:
     raise BackendError("not there on a GPU yet", where=kernel, hint="use --device cpu")
+
+
+def _check_key_kind(key_kind: int) -> None:
+    if key_kind == _IMPORTANCE:
+        _refuse("keys that depend on a row's divergence")

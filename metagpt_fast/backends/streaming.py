@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .device import Device, Event, Stream
-    from .launch_tables import Launch
 
 # Thousands of tiny tensors have a block each; more of them than this do not go into one slot.
 _LEAST_BLOCK_NBYTES = 4096
@@ -71,10 +70,10 @@ class Job:
         check: sums up a slice's results in the pinned memory at an address, in a thread that writes; or None.
     """
 
-    prepare: Callable[[Slice, int, int], tuple[NDArray[np.uint8], Launch]]
+    prepare: Callable[[Slice, int, int], tuple[NDArray[np.uint8], Any]]
     reads: Callable[[Slice], list[Transfer]]
     writes: Callable[[Slice], list[Transfer]]
-    launch: Callable[[Stream, Launch], None]
+    launch: Callable[[Stream, Any], None]
     check: Callable[[Slice, int], None] | None = None
 
 
@@ -85,6 +84,10 @@ class Pipeline:
         device: where to compute; used by the calling thread only.
         device_nbytes: memory to take there, and nearly as much pinned memory.
         num_threads: threads that read, and as many that write.
+
+    Attributes:
+        compute: the stream of the kernels.
+        scratch, scratch_nbytes: device memory that kernels may use from launch to launch, and its size.
     """
 
     def __init__(self, device: Device, device_nbytes: int, num_threads: int) -> None:
@@ -95,8 +98,8 @@ class Pipeline:
         self._inputs = [self._slot() for _ in range(NUM_SLOTS)]
         self._outputs = [self._slot() for _ in range(NUM_SLOTS)]
         self._computed = [device.make_event() for _ in range(NUM_SLOTS)]
-        self._launches: dict[int, Launch] = {}  # by slot
-        self.scratch = device.allocate(nbytes)
+        self._launches: dict[int, Any] = {}  # by slot
+        self.scratch, self.scratch_nbytes = device.allocate(nbytes), nbytes
         self._readers = ThreadPoolExecutor(num_threads, thread_name_prefix="metagpt_fast-read")
         self._writers = ThreadPoolExecutor(num_threads, thread_name_prefix="metagpt_fast-write")
 

@@ -47,7 +47,7 @@ class LayerTable:
         """Return V."""
         return int(self.addresses.shape[1])
 
-    def take(self, tensors: Sequence[int]) -> LayerTable:
+    def take(self, tensors: Sequence[int] | NDArray[np.int64]) -> LayerTable:
         """Return the table of some of the tensors."""
         return LayerTable(
             self.addresses[tensors], self.files[tensors], self.dtypes[tensors], self.numels[tensors], self.has_base
@@ -114,6 +114,11 @@ class MaskTable:
     row_factors: NDArray[np.uint64]  # [K]
     columns: NDArray[np.int64]  # [K]
     bits: NDArray[np.uint64]  # [K, T]
+
+    def take(self, tensors: Sequence[int] | NDArray[np.int64]) -> MaskTable:
+        """Return the masks of some of the tensors."""
+        columns = {name: column[tensors] for name, column in vars(self).items() if name != "key_kind"}
+        return MaskTable(self.key_kind, **columns)
 
 
 @dataclass(frozen=True)

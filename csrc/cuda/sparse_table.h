@@ -1,0 +1,99 @@
+// What launches of sparse kernels take besides the layer's table: columns one after another in device memory, those of
+// 8 bytes first. K pieces of tensors with T models each; docs/numerics.md has the rules.
+#pragma once
+
+#include "../core/sparse.h"
+#include "layer_table.h"
+
+namespace metagpt_fast::cuda {
+
+// Which elements of each task vector are kept.
+struct MaskColumns {
+  const std::int64_t* firsts;          // [K] the first element of a piece, counted in its tensor
+  const std::int64_t* columns;         // [K] elements per row, of ranks
+  const std::int64_t* indices;         // [K, T, 2] of a band's ends
+  const std::uint64_t* probabilities;  // [K, T, 2] in units of 2^-32
+  const std::uint64_t* streams;        // [K, T] key of the random numbers
+  const double* values;                // [K, T] of near masks
+  const std::uint64_t* bits;           // [K, T] address of a bit per element, where masks are made before or are made
+  const std::uint32_t* keys;           // [K, T, 2] of a band's ends
+  const std::uint8_t* kinds;           // [K, T] MaskKind; kRanked and kBits where bits are written and read
+  KeyKind key_kind;
+};
+
+// How what is kept is combined.
+struct ElectionColumns {
+  const double* scales;            // [K, T] factors of δ
+  const double* votes;             // [K, T] factors of δ where the sign is elected
+  const double* weights;           // [K, T] what the divisor adds up
+  const double* uniques;           // [K, T] factor where one model alone counts
+  const double* lambdas;           // [K] factor of all
+  const double* floors;            // [K] least divisor, where positive
+  const std::uint8_t* elects;      // [K]
+  const std::uint8_t* normalizes;  // [K]
+};
+
+// Where the rows of pieces that are ranked, whole rows all of them, are sorted.
+struct RankColumns {
+  const std::int64_t* first_rows;  // [K + 1] rows before each piece
+  const std::int64_t* starts;      // [K] items before each piece's, padded rows
+};
+
+namespace internal {
+
+// Takes columns off the front of device memory.
+class Columns {
+ public:
+  explicit Columns(std::uint64_t address) : address_(address) {}
+  template <class T>
+  const T* take(std::int64_t count) {
+    const auto* column = reinterpret_cast<const T*>(address_);
+    address_ += static_cast<std::uint64_t>(count) * sizeof(T);
+    return column;
+  }
+
+ private:
+  std::uint64_t address_;
+};
+
+}  // namespace internal
+
+inline MaskColumns mask_columns_at(std::uint64_t address, std::int64_t k, std::int64_t t, int key_kind) {
+  internal::Columns columns(address);
+  MaskColumns masks{};
+  masks.firsts = columns.take<std::int64_t>(k);
+  masks.columns = columns.take<std::int64_t>(k);
+  masks.indices = columns.take<std::int64_t>(2 * k * t);
+  masks.probabilities = columns.take<std::uint64_t>(2 * k * t);
+  masks.streams = columns.take<std::uint64_t>(k * t);
+  masks.values = columns.take<double>(k * t);
+  masks.bits = columns.take<std::uint64_t>(k * t);
+  masks.keys = columns.take<std::uint32_t>(2 * k * t);
+  masks.kinds = columns.take<std::uint8_t>(k * t);
+  masks.key_kind = static_cast<KeyKind>(key_kind);
+  return masks;
+}
+
+inline ElectionColumns election_columns_at(std::uint64_t address, std::int64_t k, std::int64_t t) {
+  internal::Columns columns(address);
+  ElectionColumns election{};
+  election.scales = columns.take<double>(k * t);
+  election.votes = columns.take<double>(k * t);
+  election.weights = columns.take<double>(k * t);
+  election.uniques = columns.take<double>(k * t);
+  election.lambdas = columns.take<double>(k);
+  election.floors = columns.take<double>(k);
+  election.elects = columns.take<std::uint8_t>(k);
+  election.normalizes = columns.take<std::uint8_t>(k);
+  return election;
+}
+
+inline RankColumns rank_columns_at(std::uint64_t address, std::int64_t k) {
+  internal::Columns columns(address);
+  RankColumns ranks{};
+  ranks.first_rows = columns.take<std::int64_t>(k + 1);
+  ranks.starts = columns.take<std::int64_t>(k);
+  return ranks;
+}
+
+}  // namespace metagpt_fast::cuda

@@ -1,0 +1,132 @@
+"""What launches of sparse kernels take besides the layer's table: csrc/cuda/sparse_table.h reads it.
+
+Sections of columns behind the layer's table, each at a multiple of 8 bytes, its columns of 8 bytes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .launch_tables import Launch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .tables import LayerElection, MaskTable
+
+RANKED, BITS = 3, 5
+"""Kinds of masks: random by rank, which is made before; and made before, a bit per element."""
+
+UPPER_BITS, LOWER_BITS, EQUAL, NONZERO = range(4)
+"""What ``count_keys`` counts: see csrc/cuda/layer_threshold.cuh."""
+LOWER_KEY_BITS = 15
+UPPER_BINS, LOWER_BINS = 1 << 16, 1 << LOWER_KEY_BITS
+
+_ROUNDING_NBYTES = 8  # a section may begin so much later
+
+
+@dataclass(frozen=True)
+class SparseLaunch(Launch):
+    """One call of a sparse kernel.
+
+    Attributes:
+        key_kind: what elements are ranked by.
+        sections: addresses of the sections, on the device: masks, and election or ranks; or the keys that are wanted.
+        num_keys, num_ranks: J and R, where keys are counted.
+        num_rows, num_items: rows that are ranked, and their elements with each row padded to a power of two.
+    """
+
+    key_kind: int = 0
+    sections: tuple[int, ...] = ()
+    num_keys: int = 0
+    num_ranks: int = 0
+    num_rows: int = 0
+    num_items: int = 0
+
+
+def masks_nbytes(num_models: int) -> int:
+    """Return the most bytes that masks take per piece."""
+    return _ROUNDING_NBYTES + 16 + 65 * num_models
+
+
+def election_nbytes(num_models: int) -> int:
+    """Return the most bytes that an election takes per piece."""
+    return _ROUNDING_NBYTES + 18 + 32 * num_models
+
+
+def ranks_nbytes() -> int:
+    """Return the most bytes that rows to rank take per piece."""
+    return _ROUNDING_NBYTES + 24
+
+
+def wanted_nbytes(num_wanted: int) -> int:
+    """Return the most bytes that keys that are looked for take per piece."""
+    return _ROUNDING_NBYTES + 4 * num_wanted
+
+
+def masks_section(
+    masks: MaskTable,
+    tensors: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    kinds: NDArray[np.uint8],
+    bits: NDArray[np.uint64],
+) -> NDArray[np.uint8]:
+    """Return the masks of pieces.
+
+    Args:
+        masks: of the layer's tensors.
+        tensors: int64 ``[P]``: whose pieces they are.
+        firsts: int64 ``[P]``: the first element of each.
+        kinds: uint8 ``[P, T]``.
+        bits: uint64 ``[P, T]``: where masks of kind BITS are on the device, and where those of RANKED go.
+    """
+    return _bytes_of(
+        firsts,
+        masks.columns[tensors],
+        masks.indices[tensors],
+        masks.probabilities[tensors],
+        masks.streams[tensors],
+        masks.values[tensors],
+        bits,
+        masks.keys[tensors],
+        kinds,
+    )
+
+
+def election_section(election: LayerElection, tensors: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return how pieces of these tensors are combined."""
+    return _bytes_of(
+        election.scales[tensors],
+        election.votes[tensors],
+        election.weights[tensors],
+        election.uniques[tensors],
+        election.lambdas[tensors],
+        election.floors[tensors],
+        election.elects[tensors],
+        election.normalizes[tensors],
+    )
+
+
+def ranks_section(num_rows: NDArray[np.int64], num_items: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return where the rows of pieces are sorted, from their numbers and those of their items, int64 ``[P]``."""
+    return _bytes_of(np.concatenate([[0], np.cumsum(num_rows)]), np.cumsum(num_items) - num_items)
+
+
+def join(packed: NDArray[np.uint8], sections: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], list[int]]:
+    """Return the layer's table with sections behind it, and where each begins."""
+    starts, end = [], packed.nbytes
+    for section in sections:
+        starts.append(-(-end // 8) * 8)
+        end = starts[-1] + section.nbytes
+    together = np.zeros(end, np.uint8)
+    for start, part in zip([0, *starts], [packed, *sections], strict=True):
+        together[start : start + part.nbytes] = part
+    return together, starts
+
+
+def _bytes_of(*columns: NDArray[np.generic]) -> NDArray[np.uint8]:
+    return np.concatenate([np.ascontiguousarray(column).reshape(-1).view(np.uint8) for column in columns])
