@@ -62,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tested = "left out" if arguments.skip_tests else run_tests(tell)
 
     from benchlib.gpu_kernels import measure_kernels
+    from benchlib.gpu_sparse import measure_sparse
     from benchlib.gpu_streaming import measure_streaming
     from benchlib.machine import commit, describe_machine, describe_versions
     from benchlib.rows import Result
@@ -84,6 +85,11 @@ def _run(arguments: argparse.Namespace) -> int:
     found = measure_streaming(device, arguments.folder, 512 << 20, _DEVICE_NBYTES, 3)
     rows += found[0]
     wrong += found[1]
+    if time.monotonic() - started < _SECONDS:
+        tell("methods that prune, from files to a file, here and on the CPU")
+        found = measure_sparse(CudaDevice(arguments.device), arguments.folder, 128 << 20, _DEVICE_NBYTES, 2)
+        rows += found[0]
+        wrong += found[1]
     machine = describe_machine(arguments.folder) | {"gpu": facts[arguments.device]}
     result = Result(
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -109,6 +115,7 @@ def print_table(rows) -> None:
     columns = {
         "gb_per_s": "GB/s", "ceiling_gb_per_s": "ceiling", "percent_of_ceiling": "% of it",
         "speedup_torch": "x torch", "speedup_torch_compile": "x compiled",
+        "speedup_cpu": "x CPU",
     }  # fmt: skip
     width = max((len(row.name) for row in rows), default=0)
     print(" " * width, *(f"{heading:>10}" for heading in columns.values()))

@@ -12,11 +12,11 @@ from metagpt_fast.backends.cuda_device import list_devices
 from metagpt_fast.errors import BackendError
 
 from .fake_device import CpuCompute, FakeDevice
-from .tools import ROOT, run
+from .tools import ROOT, cxx_compiler, run
 
 sys.path.append(str(ROOT / "bench"))
 
-from benchlib import gpu_streaming, gpu_torch
+from benchlib import gpu_sparse, gpu_streaming, gpu_torch
 from benchlib.gpu_kernels import measure_kernels
 from benchlib.rows import Row
 
@@ -96,5 +96,20 @@ def test_streaming(tmp_path, monkeypatch):
     assert wrong == []
     assert [row.parameters["action"] for row in rows] == ["measure", "combine"]
     assert all(np.isfinite(row.metrics["percent_of_ceiling"].median) for row in rows)
+    assert device.is_closed
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler")
+def test_methods_that_prune(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_streaming, "_BATCH_NBYTES", 4 << 20)
+    device = TimedFake(1)
+    rows, wrong = gpu_sparse.measure_sparse(device, tmp_path, 70 * 4096, 64 << 20, 1)
+    assert wrong == []
+    assert [row.parameters["action"] for row in rows] == [
+        "threshold", "moments", "elect", "moments by rank", "elect by rank"
+    ]  # fmt: skip
+    assert rows[0].nbytes == 3 * 4 * 2 * 70 * 4096
+    assert all(np.isfinite(row.metrics["speedup_cpu"].median) for row in rows)
     assert device.is_closed
     assert list(tmp_path.iterdir()) == []

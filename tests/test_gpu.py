@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-from metagpt_fast.backends import streaming
+from metagpt_fast.backends import streamed_threshold, streaming
 from metagpt_fast.backends.cpu import CpuBackend
 from metagpt_fast.backends.cuda_device import CudaDevice, list_devices
 from metagpt_fast.backends.streamed import StreamedBackend
@@ -15,8 +15,21 @@ from metagpt_fast.backends.tables import output_table
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 from metagpt_fast.errors import BackendError
 
-from .arrays import FLOATS, Buffer, buffer_of, encode, make_layer, random_bits, random_special, weights
+from .arrays import (
+    FLOATS,
+    Buffer,
+    bit_patterns,
+    buffer_of,
+    encode,
+    make_layer,
+    random_bits,
+    random_special,
+    special_values,
+    weights,
+)
 from .kernel_calls import dtype_code, layer_table_of
+from .sparse_calls import MAGNITUDE, VARIANCE, Keys, random_election, random_masks, random_ranks
+from .test_cuda_sparse import ALL_KINDS, check_masks, check_threshold
 
 
 def reason_against() -> str | None:
@@ -118,6 +131,29 @@ def test_a_large_layer(backend, dtype):
     check(backend, layer, np.tile([0.5, 0.3, 0.2], (3, 1)), [dtype])
 
 
+@pytest.mark.usefixtures("slice_nbytes")
+@pytest.mark.parametrize("kind", [MAGNITUDE, VARIANCE])
+@pytest.mark.parametrize("dtypes", [(BF16,) * 4, (F32,) * 2, (F32, F16, BF16, BF16), (F64, BF16, F16)], ids=str)
+def test_sparse_layers(backend, monkeypatch, dtypes, kind):
+    monkeypatch.setattr(streamed_threshold, "_LEAST_COUNTED", 5000)
+    rng = np.random.default_rng(9)
+    layer = make_layer(rng, dtypes, SIZES, misalignments=(0, 1, 2, 5))
+    keys = Keys(layer, kind)
+    check_threshold(layer, keys, random_ranks(rng, layer, keys), backend)
+    masks = random_masks(rng, layer, keys, ALL_KINDS)
+    check_masks(layer, masks, random_election(rng, layer), FLOATS, backend)
+
+
+@pytest.mark.parametrize("raws", [special_values, bit_patterns])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_sparse_layers_of_special_values(backend, dtype, raws):
+    rng = np.random.default_rng(10)
+    layer = make_layer(rng, (dtype,) * 4, (9000, 4096, 77), raws=raws)
+    for mask in ALL_KINDS:
+        masks = random_masks(rng, layer, Keys(layer), [mask])
+        check_masks(layer, masks, random_election(rng, layer), FLOATS, backend)
+
+
 def test_too_much_memory_is_an_error_that_leaves_the_device_usable(backend):
     with pytest.raises(BackendError, match="memory"):
         StreamedBackend(CudaDevice(0), 1 << 60)
@@ -129,13 +165,25 @@ def test_too_much_memory_is_an_error_that_leaves_the_device_usable(backend):
     any(importlib.util.find_spec(name) is None for name in ("pydantic", "yaml", "safetensors")),
     reason="the package's dependencies are not installed",
 )
-@pytest.mark.parametrize("settings", [{}, {"granularity": "layer", "io": "pread"}, {"method": "linear"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"granularity": "layer", "io": "pread"},
+        {"method": "linear"},
+        {"method": "ties"},
+        {"method": "dare_ties", "io": "pread"},
+        {"method": "della"},
+        {"method": "sce"},
+    ],
+    ids=str,
+)
 def test_merges_of_files(tmp_path, settings):
     import metagpt_fast as mf
 
     from .checkpoints import random_states, tensor_bytes, write_family
 
-    shapes = {"layers.0.a": (300, 7), "layers.0.large": (3_000_003,), "layers.1.b": (64, 65), "head": (51, 40)}
+    shapes = {"layers.0.a": (300, 7), "layers.0.large": (300, 10_001), "layers.1.b": (64, 65), "head": (51, 40)}
     states = random_states(21, [(BF16, BF16, F32, F64), (BF16,), (F16, F32)], shapes)
     base, models = write_family(tmp_path / "family", states, num_shards=2, misalignment=5)
     mf.merge(base, models, tmp_path / "cpu", **settings)

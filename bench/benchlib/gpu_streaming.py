@@ -129,11 +129,16 @@ def _compare(files: Files, grams: list[np.ndarray], coefficients: np.ndarray) ->
         cpu.layer_gram(layer, grams[1])
         cpu.layer_merge(layer, coefficients, files.out(1, first))
     wrong = [] if grams[0].tobytes() == grams[1].tobytes() else ["the streamed Gram matrix"]
+    return wrong + compare_outputs(files, "the streamed merge")
+
+
+def compare_outputs(files: Files, what: str) -> list[str]:
+    """Return ``what`` if the two outputs differ."""
     for start in range(0, files.numel * 2, _CHUNK_NBYTES):
         ours, theirs = (os.pread(file, _CHUNK_NBYTES, start) for file in files.outputs)
         if ours != theirs:
-            return [*wrong, "the streamed merge"]
-    return wrong
+            return [what]
+    return []
 
 
 def _bus_bytes_per_second(device: TimedDevice) -> tuple[float, float]:

@@ -39,6 +39,7 @@ METRICS: dict[str, Meaning] = {
     "ceiling_gb_per_s": Meaning("GB/s", None),
     "percent_of_ceiling": Meaning("%", "higher", is_portable=True),
     "speedup_numpy": Meaning("x", "higher", is_portable=True),
+    "speedup_cpu": Meaning("x", "higher", is_portable=True),
     "speedup_torch": Meaning("x", "higher", is_portable=True),
     "speedup_torch_compile": Meaning("x", "higher", is_portable=True),
     "speedup_mergekit": Meaning("x", "higher", is_portable=True),
