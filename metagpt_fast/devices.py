@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .methods import Method
 
 DEFAULT_DEVICE_MEMORY = "128MiB"
+# A device's ring of slices fills and drains once per batch: some 3 slices of 8 MiB.
+_DEVICE_BATCH_NBYTES = 1 << 30
 
 _NAME = re.compile(r"auto|cpu|cuda(?::(\d{1,4}))?")
 _ON_DEVICE_TOO = ("auto",)  # backends that --device cuda goes with
@@ -27,11 +29,14 @@ _ON_DEVICE_TOO = ("auto",)  # backends that --device cuda goes with
 
 @dataclass(frozen=True)
 class Choice:
-    """Attributes: the backend, the device's name (``cpu``, ``cuda:0 (NVIDIA H100)``), and why this one."""
+    """Attributes: the backend, the device's name (``cpu``, ``cuda:0 (NVIDIA H100)``), why this one, and the bytes
+    of base and models from which on larger batches gain no speed there, if these are more than on the CPU.
+    """
 
     backend: Backend
     device: str
     reason: str
+    batch_nbytes: int = 0
 
 
 def check_device(device: str) -> str:
@@ -75,7 +80,7 @@ def open_backend(device: str, backend: str, methods: Sequence[Method], device_me
     opened = _open_device(int(device.partition(":")[2] or 0))
     streamed = StreamedBackend(opened, nbytes)
     try:
-        yield Choice(streamed, opened.name, "asked for")
+        yield Choice(streamed, opened.name, "asked for", _DEVICE_BATCH_NBYTES)
     finally:
         streamed.close()
 

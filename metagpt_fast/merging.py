@@ -253,7 +253,7 @@ def carry_out(  # noqa: D417 (arguments that merge() has, too)
             plan,
             files,
             chosen.backend,
-            window_nbytes=window_nbytes,
+            window_nbytes=max(window_nbytes, min(parse_memory(memory) // 2, chosen.batch_nbytes)),
             gram=gram,
             allow_nonfinite=allow_nonfinite,
             progress=progress,
@@ -376,7 +376,8 @@ def measure(
         open_backend(device, backend, (), device_memory) as chosen,
         InputFiles(_shards(plan), check_io(io)) as files,
     ):
-        layers = LayerPass(plan, files, chosen.backend, window_nbytes=_window_nbytes(memory), progress=progress)
+        window_nbytes = max(_window_nbytes(memory), min(parse_memory(memory) // 2, chosen.batch_nbytes))
+        layers = LayerPass(plan, files, chosen.backend, window_nbytes=window_nbytes, progress=progress)
         layers.measure()
     assert layers.gram is not None  # it has just been measured
     trust.sum_of(layers.gram, plan.base.path)

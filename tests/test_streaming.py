@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metagpt_fast as mf
-from metagpt_fast import devices
+from metagpt_fast import devices, merging
 from metagpt_fast._native import FileOperandError, crc32c, place_of
 from metagpt_fast.backends import slices, streaming
 from metagpt_fast.backends.cpu import CpuBackend
@@ -291,6 +291,28 @@ def test_merges_have_the_cpus_bytes(family, fake, tmp_path, settings):
     (device,) = fake
     assert device.num_launches > 0
     assert device.is_closed
+
+
+@pytest.mark.parametrize("batch_nbytes", [4 << 20, 1 << 30])
+def test_the_ring_drains_once_per_batch(family, fake, tmp_path, monkeypatch, batch_nbytes):
+    """Batches for a device are larger than the CPU's: up to half of --memory."""
+    base, models = family
+    num_runs = 0
+    run_slices = streaming.Pipeline.run
+
+    def count(self, slices, job):
+        nonlocal num_runs
+        num_runs += 1
+        run_slices(self, slices, job)
+
+    monkeypatch.setattr(streaming.Pipeline, "run", count)
+    monkeypatch.setattr(merging, "_MAX_WINDOW_NBYTES", 1)  # the CPU's
+    monkeypatch.setattr(devices, "_DEVICE_BATCH_NBYTES", batch_nbytes)
+    mf.merge(base, models, tmp_path / "cuda", device="cuda", device_memory="48MiB")
+    # 11 MB of base and models; the large tensor is cut at spans.
+    assert num_runs == (2 if batch_nbytes == 1 << 30 else 6)
+    mf.merge(base, models, tmp_path / "cpu")
+    assert tensor_bytes(tmp_path / "cuda") == tensor_bytes(tmp_path / "cpu")
 
 
 def test_measurements_have_the_cpus_bits(family, fake):
