@@ -121,15 +121,13 @@ def _check_possible(backend: str, methods: Sequence[Method]) -> None:
                 f"the method {reason}, which is not there on a GPU yet",
                 where="device",
                 got=f"{method.name} on a GPU",
-                expected="a method that combines whole tensors, or prunes by magnitude, variance or at random",
+                expected="any other method",
                 hint="use --device cpu",
             )
 
 
 def _reason_against(method: Method) -> str | None:
     """Return what a method does that is not there on a GPU, None if nothing."""
-    if method.axis is not None:
-        return f"works {method.axis} by {method.axis}"
     if isinstance(method, SparseMethod) and method.measures_rows:
         return "measures how far every row is from the base's"
     return None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metagpt_fast.backends.launch_tables import DeviceTable, Launch, pack
-from metagpt_fast.backends.sparse_tables import SparseLaunch
+from metagpt_fast.backends.sparse_tables import SectionedLaunch
 
 from .arrays import FloatArray
 from .kernel_calls import BufferLayer, HasAddress
@@ -66,36 +66,50 @@ class EmulatedCompute:
             ctypes.c_void_p(num_nonfinite),
         )
 
-    def count_keys(self, launch: SparseLaunch, what: int, counts: int) -> None:
+    def count_keys(self, launch: SectionedLaunch, what: int, counts: int) -> None:
         (wanted,) = launch.sections
         emulated_kernels().emulated_count_keys(
             *_sparse_table(launch), what, ctypes.c_uint64(wanted), launch.key_kind, launch.num_keys, launch.num_ranks,
             ctypes.c_void_p(counts),
         )  # fmt: skip
 
-    def layer_moments(self, launch: SparseLaunch, scratch: int, moments: int) -> None:
+    def layer_moments(self, launch: SectionedLaunch, scratch: int, moments: int) -> None:
         (masks,) = launch.sections
         emulated_kernels().emulated_layer_moments(
             *_sparse_table(launch), ctypes.c_int64(launch.num_spans), ctypes.c_uint64(masks), launch.key_kind,
             ctypes.c_void_p(scratch), ctypes.c_void_p(moments),
         )  # fmt: skip
 
-    def layer_elect(self, launch: SparseLaunch, num_nonfinite: int) -> None:
+    def layer_elect(self, launch: SectionedLaunch, num_nonfinite: int) -> None:
         masks, election = launch.sections
         emulated_kernels().emulated_layer_elect(
             *_sparse_table(launch), ctypes.c_uint64(masks), launch.key_kind, ctypes.c_uint64(election),
             ctypes.c_void_p(num_nonfinite),
         )  # fmt: skip
 
-    def ranked_masks(self, launch: SparseLaunch, scratch: int) -> None:
+    def ranked_masks(self, launch: SectionedLaunch, scratch: int) -> None:
         masks, ranks = launch.sections
         emulated_kernels().emulated_ranked_masks(
             *_sparse_table(launch), ctypes.c_uint64(masks), launch.key_kind, ctypes.c_uint64(ranks),
             ctypes.c_int64(launch.num_rows), ctypes.c_int64(launch.num_items), ctypes.c_void_p(scratch),
         )  # fmt: skip
 
+    def column_gram(self, launch: SectionedLaunch, gram: int, open_sums: int) -> None:
+        (matrices,) = launch.sections
+        emulated_kernels().emulated_column_gram(
+            *_sparse_table(launch)[:3], int(launch.has_base), ctypes.c_uint64(matrices),
+            ctypes.c_int64(launch.num_sums), ctypes.c_void_p(gram), ctypes.c_void_p(open_sums),
+        )  # fmt: skip
 
-def _sparse_table(launch: SparseLaunch) -> tuple[object, ...]:
+    def column_merge(self, launch: SectionedLaunch, coefficients: int, num_nonfinite: int) -> None:
+        (matrices,) = launch.sections
+        emulated_kernels().emulated_column_merge(
+            *_sparse_table(launch)[:3], int(launch.has_base), ctypes.c_uint64(matrices),
+            ctypes.c_int64(launch.num_blocks), ctypes.c_void_p(coefficients), ctypes.c_void_p(num_nonfinite),
+        )  # fmt: skip
+
+
+def _sparse_table(launch: SectionedLaunch) -> tuple[object, ...]:
     table, num_tensors = ctypes.c_uint64(launch.table_address), ctypes.c_int64(launch.num_tensors)
     return table, num_tensors, launch.num_operands, ctypes.c_int64(launch.num_blocks)
 

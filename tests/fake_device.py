@@ -23,7 +23,7 @@ import numpy as np
 
 from metagpt_fast import _native
 from metagpt_fast.backends.launch_tables import Launch, table_nbytes
-from metagpt_fast.backends.sparse_tables import SparseLaunch
+from metagpt_fast.backends.sparse_tables import SectionedLaunch
 
 from .arrays import POISON
 from .cuda_emulation import EmulatedCompute
@@ -74,10 +74,12 @@ class Compute(Protocol):
 
     def layer_gram(self, launch: Launch, scratch: int, gram: int) -> None: ...
     def layer_merge(self, launch: Launch, num_nonfinite: int) -> None: ...
-    def count_keys(self, launch: SparseLaunch, what: int, counts: int) -> None: ...
-    def layer_moments(self, launch: SparseLaunch, scratch: int, moments: int) -> None: ...
-    def layer_elect(self, launch: SparseLaunch, num_nonfinite: int) -> None: ...
-    def ranked_masks(self, launch: SparseLaunch, scratch: int) -> None: ...
+    def count_keys(self, launch: SectionedLaunch, what: int, counts: int) -> None: ...
+    def layer_moments(self, launch: SectionedLaunch, scratch: int, moments: int) -> None: ...
+    def layer_elect(self, launch: SectionedLaunch, num_nonfinite: int) -> None: ...
+    def ranked_masks(self, launch: SectionedLaunch, scratch: int) -> None: ...
+    def column_gram(self, launch: SectionedLaunch, gram: int, open_sums: int) -> None: ...
+    def column_merge(self, launch: SectionedLaunch, coefficients: int, num_nonfinite: int) -> None: ...
 
 
 class FakeDevice:
@@ -172,30 +174,39 @@ class FakeDevice:
         run = partial(self._compute.layer_merge, launch, num_nonfinite)
         self._launch(stream, "layer_merge", run, launch, [launch.writes, (num_nonfinite, 8)])
 
-    def count_keys(self, stream: FakeStream, launch: SparseLaunch, what: int, counts: int) -> None:
+    def count_keys(self, stream: FakeStream, launch: SectionedLaunch, what: int, counts: int) -> None:
         self._inside(self._memory, counts, 8)
         self._launch(
             stream, "count_keys", lambda: self._compute.count_keys(launch, what, counts), launch, [(counts, 8)]
         )
 
-    def layer_moments(self, stream: FakeStream, launch: SparseLaunch, scratch: int, moments: int) -> None:
+    def layer_moments(self, stream: FakeStream, launch: SectionedLaunch, scratch: int, moments: int) -> None:
         num_sums = 6 * (launch.num_operands - 1)
         used = (scratch, 8 * (launch.num_blocks + launch.num_spans) * num_sums)
         self._inside(self._memory, *used)
         run = partial(self._compute.layer_moments, launch, scratch, moments)
         self._launch(stream, "layer_moments", run, launch, [used, (moments, 8)])
 
-    def layer_elect(self, stream: FakeStream, launch: SparseLaunch, num_nonfinite: int) -> None:
+    def layer_elect(self, stream: FakeStream, launch: SectionedLaunch, num_nonfinite: int) -> None:
         self._inside(self._memory, *launch.writes)
         run = partial(self._compute.layer_elect, launch, num_nonfinite)
         self._launch(stream, "layer_elect", run, launch, [launch.writes, (num_nonfinite, 8)])
 
-    def ranked_masks(self, stream: FakeStream, launch: SparseLaunch, scratch: int) -> None:
+    def ranked_masks(self, stream: FakeStream, launch: SectionedLaunch, scratch: int) -> None:
         used = (scratch, 9 * launch.num_items)
         self._inside(self._memory, *used)
         self._inside(self._memory, *launch.writes)
         run = partial(self._compute.ranked_masks, launch, scratch)
         self._launch(stream, "ranked_masks", run, launch, [launch.writes, used])
+
+    def column_gram(self, stream: FakeStream, launch: SectionedLaunch, gram: int, open_sums: int) -> None:
+        run = partial(self._compute.column_gram, launch, gram, open_sums)
+        self._launch(stream, "column_gram", run, launch, [(gram, 8), (open_sums, 8)])
+
+    def column_merge(self, stream: FakeStream, launch: SectionedLaunch, coefficients: int, num_nonfinite: int) -> None:
+        self._inside(self._memory, *launch.writes)
+        run = partial(self._compute.column_merge, launch, coefficients, num_nonfinite)
+        self._launch(stream, "column_merge", run, launch, [launch.writes, (num_nonfinite, 8)])
 
     def drain(self) -> None:
         for stream in self._streams:

@@ -31,6 +31,8 @@ KERNELS = {
     "elect_kernel": 1,
     "ranked_rows_kernel": 1,
     "pack_bits_kernel": 1,
+    "column_gram_kernel": 1,
+    "column_merge_kernel": 1,
 }
 # An SM has 65536: of so many registers, 512 threads run at a time.
 MAX_REGISTERS = 128

@@ -51,6 +51,13 @@ __device__ inline Scalar load_element(std::uint64_t address, DType dtype, std::i
   return 0;
 }
 
+// Element e of operand i of tensor k.
+template <class Scalar>
+__device__ __forceinline__ Scalar operand_at(const LayerTable& table, std::int64_t k, int i, std::int64_t e) {
+  const std::int64_t place = k * table.num_operands + i;
+  return load_element<Scalar>(__ldg(table.addresses + place), static_cast<DType>(__ldg(table.dtypes + place)), e);
+}
+
 // Rounds to odd, as core/float_bits.h does: rounding the result to 16 bits is then the one rounding of `value`.
 __device__ inline float to_odd(double value) {
   const float nearest = static_cast<float>(value);

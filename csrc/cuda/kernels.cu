@@ -1,6 +1,7 @@
 // The one file that nvcc compiles.
 #include "kernels.h"
 
+#include "columns.cuh"
 #include "layer_elect.cuh"
 #include "layer_gram.cuh"
 #include "layer_merge.cuh"
@@ -39,6 +40,16 @@ void run_ranked_masks(const LayerTable& table, const MaskColumns& masks, const R
                       std::int64_t num_blocks, std::int64_t num_rows, std::int64_t num_items, void* scratch,
                       cudaStream_t stream) {
   ranked_masks(table, masks, ranks, num_blocks, num_rows, num_items, scratch, stream);
+}
+
+void run_column_gram(const LayerTable& table, std::uint64_t matrices, std::int64_t num_sums, double* gram,
+                     double* open_sums, cudaStream_t stream) {
+  column_gram(table, matrix_columns_at(matrices, table.num_tensors), num_sums, gram, open_sums, stream);
+}
+
+void run_column_merge(const LayerTable& table, std::uint64_t matrices, std::int64_t num_blocks,
+                      const double* coefficients, unsigned long long* num_nonfinite, cudaStream_t stream) {
+  column_merge(table, matrix_columns_at(matrices, table.num_tensors), num_blocks, coefficients, num_nonfinite, stream);
 }
 
 }  // namespace metagpt_fast::cuda

@@ -26,5 +26,9 @@ void run_layer_elect(const LayerTable& table, const MaskColumns& masks, const El
 void run_ranked_masks(const LayerTable& table, const MaskColumns& masks, const RankColumns& ranks,
                       std::int64_t num_blocks, std::int64_t num_rows, std::int64_t num_items, void* scratch,
                       cudaStream_t stream);
+void run_column_gram(const LayerTable& table, std::uint64_t matrices, std::int64_t num_sums, double* gram,
+                     double* open_sums, cudaStream_t stream);
+void run_column_merge(const LayerTable& table, std::uint64_t matrices, std::int64_t num_blocks,
+                      const double* coefficients, unsigned long long* num_nonfinite, cudaStream_t stream);
 
 }  // namespace metagpt_fast::cuda

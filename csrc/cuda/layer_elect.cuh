@@ -8,13 +8,13 @@
 namespace metagpt_fast::cuda {
 
 // (factor · δ) · m, 0 where the element is dropped.
-__device__ inline double masked_term(double factor, double delta, double mask) {
+__device__ __forceinline__ double masked_term(double factor, double delta, double mask) {
   return mask > 0 ? factor * delta * mask : 0;
 }
 
 template <class Scalar>
-__device__ inline unsigned elect_element(const LayerTable& table, const MaskColumns& masks,
-                                         const ElectionColumns& election, std::int64_t k, std::int64_t e) {
+__device__ __forceinline__ unsigned elect_element(const LayerTable& table, const MaskColumns& masks,
+                                                  const ElectionColumns& election, std::int64_t k, std::int64_t e) {
   const int num_models = table.num_operands - 1;
   const std::int64_t row = k * num_models;
   const bool elects = __ldg(election.elects + k) != 0;
@@ -51,7 +51,7 @@ __device__ inline unsigned elect_element(const LayerTable& table, const MaskColu
   return is_nonfinite(merged, overflow_threshold<Scalar>(out_dtype));
 }
 
-__global__ void __launch_bounds__(kMergeThreads)
+__global__ void __launch_bounds__(kMergeThreads, kLeastBlocks / 2)
     elect_kernel(LayerTable table, MaskColumns masks, ElectionColumns election, unsigned long long* num_nonfinite) {
   const std::int64_t k = tensor_of(table.first_blocks, table.num_tensors, blockIdx.x);
   const std::int64_t first = (blockIdx.x - table.first_blocks[k]) * kBlockNumel;

@@ -24,12 +24,12 @@ __device__ inline Scalar overflow_threshold(DType dtype) {
   return 0;
 }
 
-// Element e of the result, before it is rounded to the output's dtype.
+// Element e of the result, before it is rounded to the output's dtype, with these coefficients, [T].
 template <class Scalar>
-__device__ inline Scalar merged_element(const LayerTable& table, std::int64_t k, std::int64_t e) {
+__device__ inline Scalar merged_element(const LayerTable& table, std::int64_t k, std::int64_t e,
+                                        const double* coefficients) {
   const std::uint64_t* addresses = table.addresses + k * table.num_operands;
   const std::uint8_t* dtypes = table.dtypes + k * table.num_operands;
-  const double* coefficients = table.coefficients + k * (table.num_operands - table.has_base);
   Scalar base = 0;
   Scalar sum = -Scalar(0);  // c·x + (−0) is c·x for either sign of zero
   int i = 0;
@@ -53,7 +53,8 @@ __device__ inline bool is_nonfinite(Scalar value, Scalar threshold) {
 template <class Scalar>
 __device__ inline unsigned merge_element(const LayerTable& table, std::int64_t k, std::int64_t e) {
   const auto out_dtype = static_cast<DType>(table.out_dtypes[k]);
-  const Scalar sum = merged_element<Scalar>(table, k, e);
+  const double* coefficients = table.coefficients + k * (table.num_operands - table.has_base);
+  const Scalar sum = merged_element<Scalar>(table, k, e, coefficients);
   store_element(table.out_addresses[k], out_dtype, e, sum);
   return is_nonfinite(sum, overflow_threshold<Scalar>(out_dtype));
 }

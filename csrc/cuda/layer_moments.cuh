@@ -11,8 +11,8 @@ inline constexpr int kNumMoments = 6;
 
 // Whether no model but t keeps element e.
 template <class Scalar>
-__device__ bool is_alone(const LayerTable& table, const MaskColumns& masks, std::int64_t k, int t, std::int64_t e,
-                         Scalar base) {
+__device__ __forceinline__ bool is_alone(const LayerTable& table, const MaskColumns& masks, std::int64_t k, int t,
+                                         std::int64_t e, Scalar base) {
   for (int other = 0; other < table.num_operands - 1; ++other) {
     if (other == t) continue;
     const Scalar delta = operand_at<Scalar>(table, k, 1 + other, e) - base;
@@ -22,8 +22,8 @@ __device__ bool is_alone(const LayerTable& table, const MaskColumns& masks, std:
 }
 
 template <class Scalar>
-__device__ void moments_of_block(const LayerTable& table, const MaskColumns& masks, std::int64_t k, std::int64_t first,
-                                 std::int64_t end, double* sums) {
+__device__ __forceinline__ void moments_of_block(const LayerTable& table, const MaskColumns& masks, std::int64_t k,
+                                                 std::int64_t first, std::int64_t end, double* sums) {
   const int lane = static_cast<int>(threadIdx.x) % kNumLanes;
   for (int t = 0; t < table.num_operands - 1; ++t) {
     double kept = 0, magnitudes = 0, masked_magnitudes = 0, squares = 0, masked_squares = 0, alone = 0;
@@ -53,7 +53,7 @@ __device__ void moments_of_block(const LayerTable& table, const MaskColumns& mas
 }
 
 // block_sums[block, t, i]. Both halves of a warp take part in the trees, also one that has no block.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     moments_block_kernel(LayerTable table, MaskColumns masks, std::int64_t num_blocks, double* block_sums) {
   const std::int64_t pair = static_cast<std::int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / 32;
   const std::int64_t block = 2 * pair + threadIdx.x % 32 / kNumLanes;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // moments[rows[k]] += Σ of the tensor's spans, in order.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     moments_tensor_kernel(LayerTable table, std::int64_t num_sums, const double* span_sums, double* moments) {
   const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   const std::int64_t k = number / num_sums, i = number % num_sums;

@@ -38,6 +38,25 @@ struct LayerTable {
   bool has_base;
 };
 
+namespace internal {
+
+// Takes columns off the front of device memory.
+class Columns {
+ public:
+  explicit Columns(std::uint64_t address) : address_(address) {}
+  template <class T>
+  const T* take(std::int64_t count) {
+    const auto* column = reinterpret_cast<const T*>(address_);
+    address_ += static_cast<std::uint64_t>(count) * sizeof(T);
+    return column;
+  }
+
+ private:
+  std::uint64_t address_;
+};
+
+}  // namespace internal
+
 // The table that lies at `address`, its columns one after another in the order of the struct.
 inline LayerTable layer_table_at(std::uint64_t address, std::int64_t num_tensors, int num_operands, bool has_base) {
   const auto at = [&address](std::int64_t num_bytes) {

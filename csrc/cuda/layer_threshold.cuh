@@ -35,8 +35,9 @@ class Counter {
 
 // A warp counts the keys j of a block. `wanted`: of every rank the bits of its key found so far, ~0 for none.
 template <class Scalar, Count kCount>
-__device__ void count_keys(const LayerTable& table, KeyKind kind, std::int64_t k, std::int64_t first, std::int64_t end,
-                           int j, const std::uint32_t* wanted, int num_ranks, unsigned long long* counts) {
+__device__ __forceinline__ void count_keys(const LayerTable& table, KeyKind kind, std::int64_t k, std::int64_t first,
+                                           std::int64_t end, int j, const std::uint32_t* wanted, int num_ranks,
+                                           unsigned long long* counts) {
   for (int r = 0; r < num_ranks; ++r) {
     const std::uint32_t bits = __ldg(wanted + r);
     Counter counter;
@@ -65,7 +66,7 @@ __device__ void count_keys(const LayerTable& table, KeyKind kind, std::int64_t k
 // counts: kUpperBits [rows, J, 2^16], kLowerBits [rows, J, R, 2^15], kEqual [rows, J, R, 2] above the key and equal to
 // it, where a row is a span, the piece's first at rows[k]; kNonzero [rows, J, 2] of which the first is counted.
 template <Count kCount>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     count_keys_kernel(LayerTable table, std::int64_t num_blocks, const std::uint32_t* wanted, int key_kind,
                       int num_keys, int num_ranks, unsigned long long* counts) {
   const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / 32;

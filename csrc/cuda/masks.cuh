@@ -9,20 +9,15 @@ namespace metagpt_fast::cuda {
 
 inline constexpr std::uint32_t kNanKey = 0x7fc00000u;
 
-template <class Scalar>
-__device__ inline Scalar operand_at(const LayerTable& table, std::int64_t k, int i, std::int64_t e) {
-  const std::int64_t place = k * table.num_operands + i;
-  return load_element<Scalar>(__ldg(table.addresses + place), static_cast<DType>(__ldg(table.dtypes + place)), e);
-}
-
-__device__ inline std::uint32_t key_of(float x) {
+__device__ __forceinline__ std::uint32_t key_of(float x) {
   const std::uint32_t bits = __float_as_uint(x) & 0x7fffffffu;
   return bits < kNanKey ? bits : kNanKey;
 }
 
 // T² times the population variance over the models, from differences to the first.
 template <class Scalar>
-__device__ inline std::uint32_t variance_key(const LayerTable& table, std::int64_t k, std::int64_t e, Scalar base) {
+__device__ __forceinline__ std::uint32_t variance_key(const LayerTable& table, std::int64_t k, std::int64_t e,
+                                                      Scalar base) {
   const int num_models = table.num_operands - 1;
   const auto origin = static_cast<double>(operand_at<Scalar>(table, k, 1, e) - base);
   double sum = 0;
@@ -37,14 +32,15 @@ __device__ inline std::uint32_t variance_key(const LayerTable& table, std::int64
 
 // What element e of a piece is ranked by in model t.
 template <class Scalar>
-__device__ inline std::uint32_t key_at(const LayerTable& table, KeyKind kind, std::int64_t k, int t, std::int64_t e) {
+__device__ __forceinline__ std::uint32_t key_at(const LayerTable& table, KeyKind kind, std::int64_t k, int t,
+                                                std::int64_t e) {
   const Scalar base = operand_at<Scalar>(table, k, 0, e);
   if (kind == KeyKind::kVariance) return variance_key<Scalar>(table, k, e, base);
   return key_of(static_cast<float>(operand_at<Scalar>(table, k, 1 + t, e) - base));
 }
 
 // The random number of an element: Philox4x32-10 (Salmon et al., SC 2011).
-__device__ inline std::uint32_t random_number(std::uint64_t stream, std::uint64_t element) {
+__device__ __forceinline__ std::uint32_t random_number(std::uint64_t stream, std::uint64_t element) {
   const std::uint64_t counter = element / 4;
   auto a = static_cast<std::uint32_t>(counter);
   auto b = static_cast<std::uint32_t>(counter >> 32);
@@ -66,14 +62,15 @@ __device__ inline std::uint32_t random_number(std::uint64_t stream, std::uint64_
   return word < 2 ? (word == 0 ? a : b) : (word == 2 ? c : d);
 }
 
-__device__ inline bool is_in_band(const MaskColumns& masks, std::int64_t rule, std::uint32_t key, std::int64_t index) {
+__device__ __forceinline__ bool is_in_band(const MaskColumns& masks, std::int64_t rule, std::uint32_t key,
+                                           std::int64_t index) {
   const std::uint32_t upper = __ldg(masks.keys + 2 * rule), lower = __ldg(masks.keys + 2 * rule + 1);
   const bool is_below = key < upper || (key == upper && index >= __ldg(masks.indices + 2 * rule));
   return is_below && (key > lower || (key == lower && index <= __ldg(masks.indices + 2 * rule + 1)));
 }
 
 // min(max(value / max(|δ|, 1e-6), 0), 1), where a NaN counts as small.
-__device__ inline double near_weight(double value, double delta) {
+__device__ __forceinline__ double near_weight(double value, double delta) {
   const double magnitude = delta < 0 ? -delta : delta;
   const double ratio = value / (magnitude > 1e-6 ? magnitude : 1e-6);
   const double positive = ratio > 0 ? ratio : 0;
@@ -82,8 +79,8 @@ __device__ inline double near_weight(double value, double delta) {
 
 // The mask of model t at element e of a piece, whose delta there is given: 0 where it is dropped, at most 1.
 template <class Scalar>
-__device__ inline double mask_at(const LayerTable& table, const MaskColumns& masks, std::int64_t k, int t,
-                                 std::int64_t e, Scalar base, Scalar delta) {
+__device__ __forceinline__ double mask_at(const LayerTable& table, const MaskColumns& masks, std::int64_t k, int t,
+                                          std::int64_t e, Scalar base, Scalar delta) {
   const std::int64_t rule = k * (table.num_operands - 1) + t;
   switch (static_cast<MaskKind>(__ldg(masks.kinds + rule))) {
     case MaskKind::kBand: {

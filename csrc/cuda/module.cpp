@@ -168,6 +168,21 @@ void define_sparse_launches(py::module_& m) {
   });
 }
 
+void define_column_launches(py::module_& m) {
+  m.def("column_gram", [](Address table, std::int64_t num_tensors, int num_operands, bool has_base, Address matrices,
+                          std::int64_t num_sums, Address gram, Address open_sums, Address stream) {
+    cuda::run_column_gram(cuda::layer_table_at(table, num_tensors, num_operands, has_base), matrices, num_sums,
+                          static_cast<double*>(pointer(gram)), static_cast<double*>(pointer(open_sums)),
+                          stream_of(stream));
+  });
+  m.def("column_merge", [](Address table, std::int64_t num_tensors, int num_operands, bool has_base, Address matrices,
+                           std::int64_t num_blocks, Address coefficients, Address num_nonfinite, Address stream) {
+    cuda::run_column_merge(cuda::layer_table_at(table, num_tensors, num_operands, has_base), matrices, num_blocks,
+                           static_cast<const double*>(pointer(coefficients)),
+                           static_cast<unsigned long long*>(pointer(num_nonfinite)), stream_of(stream));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -179,4 +194,5 @@ PYBIND11_MODULE(_cuda, m) {
   define_streams(m);
   define_launches(m);
   define_sparse_launches(m);
+  define_column_launches(m);
 }

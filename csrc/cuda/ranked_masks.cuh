@@ -9,8 +9,8 @@
 namespace metagpt_fast::cuda {
 
 // The probability of a rank, in ascending order, in units of 2^-32; 2^32 itself becomes 2^32 − 1.
-__device__ inline std::uint32_t probability_of_rank(const MaskColumns& masks, std::int64_t rule, std::int64_t rank,
-                                                    std::int64_t columns) {
+__device__ __forceinline__ std::uint32_t probability_of_rank(const MaskColumns& masks, std::int64_t rule,
+                                                             std::int64_t rank, std::int64_t columns) {
   const auto low = static_cast<double>(__ldg(masks.probabilities + 2 * rule));
   const auto high = static_cast<double>(__ldg(masks.probabilities + 2 * rule + 1));
   const auto last = static_cast<double>(columns > 1 ? columns - 1 : 1);
@@ -19,7 +19,7 @@ __device__ inline std::uint32_t probability_of_rank(const MaskColumns& masks, st
 }
 
 // Sorts `count` items, a power of two, in ascending order; all threads of a warp together.
-__device__ inline void sort_items(std::uint64_t* items, std::int64_t count) {
+__device__ __forceinline__ void sort_items(std::uint64_t* items, std::int64_t count) {
   __syncwarp();
   for (std::int64_t size = 2; size <= count; size *= 2) {
     for (std::int64_t stride = size / 2; stride > 0; stride /= 2) {
@@ -37,7 +37,7 @@ __device__ inline void sort_items(std::uint64_t* items, std::int64_t count) {
 }
 
 // kept[starts[k] + e] = 1 where model t keeps element e of a piece. Items are keys and the elements' places in the row.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     ranked_rows_kernel(LayerTable table, MaskColumns masks, RankColumns ranks, int t, std::uint64_t* items,
                        std::uint8_t* kept) {
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / 32;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kSumThreads)
 }
 
 // Eight elements to a byte, at masks.bits.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     pack_bits_kernel(LayerTable table, MaskColumns masks, RankColumns ranks, int t, const std::uint8_t* kept) {
   const std::int64_t k = tensor_of(table.first_blocks, table.num_tensors, blockIdx.x);
   const std::int64_t rule = k * (table.num_operands - 1) + t;

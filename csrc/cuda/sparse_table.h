@@ -39,25 +39,6 @@ struct RankColumns {
   const std::int64_t* starts;      // [K] items before each piece's, padded rows
 };
 
-namespace internal {
-
-// Takes columns off the front of device memory.
-class Columns {
- public:
-  explicit Columns(std::uint64_t address) : address_(address) {}
-  template <class T>
-  const T* take(std::int64_t count) {
-    const auto* column = reinterpret_cast<const T*>(address_);
-    address_ += static_cast<std::uint64_t>(count) * sizeof(T);
-    return column;
-  }
-
- private:
-  std::uint64_t address_;
-};
-
-}  // namespace internal
-
 inline MaskColumns mask_columns_at(std::uint64_t address, std::int64_t k, std::int64_t t, int key_kind) {
   internal::Columns columns(address);
   MaskColumns masks{};

@@ -8,6 +8,9 @@ namespace metagpt_fast::cuda {
 inline constexpr unsigned kAllThreads = 0xffffffffu;
 inline constexpr int kSumWarps = 4;
 inline constexpr int kSumThreads = 32 * kSumWarps;
+// Blocks of a multiprocessor that a kernel's registers have to allow. Without a number ptxas wants more of them than
+// these kernels' registers do, and spills.
+inline constexpr int kLeastBlocks = 4;
 
 // The sum over a block's lanes, as a fixed tree, for lane 0.
 __device__ inline double lane_tree(double sum) {
@@ -25,7 +28,7 @@ __device__ inline void add_count(unsigned count, unsigned long long* total) {
 }
 
 // span_sums[s, i] = Σ of the span's blocks, in order, for each of num_sums sums.
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
     span_sums_kernel(LayerTable table, std::int64_t num_spans, std::int64_t num_sums, const double* block_sums,
                      double* span_sums) {
   const std::int64_t number = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;

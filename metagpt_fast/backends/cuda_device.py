@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import BackendError
 from .launch_tables import Launch
-from .sparse_tables import SparseLaunch
+from .sparse_tables import SectionedLaunch
 
 
 def load_module() -> Any:
@@ -163,29 +163,42 @@ class CudaDevice:
             stream,
         )
 
-    def count_keys(self, stream: int, launch: SparseLaunch, what: int, counts: int) -> None:
+    def count_keys(self, stream: int, launch: SectionedLaunch, what: int, counts: int) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
         (wanted,) = launch.sections
         numbers = launch.key_kind, launch.num_keys, launch.num_ranks
         self._call(self._module.count_keys, *_sparse_table(launch), what, wanted, *numbers, counts, stream)
 
-    def layer_moments(self, stream: int, launch: SparseLaunch, scratch: int, moments: int) -> None:
+    def layer_moments(self, stream: int, launch: SectionedLaunch, scratch: int, moments: int) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
         (masks,) = launch.sections
         rest = launch.num_spans, masks, launch.key_kind, scratch, moments, stream
         self._call(self._module.layer_moments, *_sparse_table(launch), *rest)
 
-    def layer_elect(self, stream: int, launch: SparseLaunch, num_nonfinite: int) -> None:
+    def layer_elect(self, stream: int, launch: SectionedLaunch, num_nonfinite: int) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
         masks, election = launch.sections
         rest = masks, launch.key_kind, election, num_nonfinite, stream
         self._call(self._module.layer_elect, *_sparse_table(launch), *rest)
 
-    def ranked_masks(self, stream: int, launch: SparseLaunch, scratch: int) -> None:
+    def ranked_masks(self, stream: int, launch: SectionedLaunch, scratch: int) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
         masks, ranks = launch.sections
         rest = masks, launch.key_kind, ranks, launch.num_rows, launch.num_items, scratch, stream
         self._call(self._module.ranked_masks, *_sparse_table(launch), *rest)
+
+    def column_gram(self, stream: int, launch: SectionedLaunch, gram: int, open_sums: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        (matrices,) = launch.sections
+        table = launch.table_address, launch.num_tensors, launch.num_operands, launch.has_base
+        self._call(self._module.column_gram, *table, matrices, launch.num_sums, gram, open_sums, stream)
+
+    def column_merge(self, stream: int, launch: SectionedLaunch, coefficients: int, num_nonfinite: int) -> None:
+        """See :class:`~metagpt_fast.backends.device.Device`."""
+        (matrices,) = launch.sections
+        table = launch.table_address, launch.num_tensors, launch.num_operands, launch.has_base
+        rest = matrices, launch.num_blocks, coefficients, num_nonfinite, stream
+        self._call(self._module.column_merge, *table, *rest)
 
     def drain(self) -> None:
         """See :class:`~metagpt_fast.backends.device.Device`."""
@@ -220,6 +233,6 @@ class CudaDevice:
             raise BackendError("CUDA failed", where=self.name, got=str(error), hint=hint) from error
 
 
-def _sparse_table(launch: SparseLaunch) -> tuple[int, int, int, int]:
+def _sparse_table(launch: SectionedLaunch) -> tuple[int, int, int, int]:
     """Return what all sparse kernels take first."""
     return launch.table_address, launch.num_tensors, launch.num_operands, launch.num_blocks

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from .launch_tables import Launch
-from .sparse_tables import SparseLaunch
+from .sparse_tables import SectionedLaunch
 
 Stream = Any
 """Work that is carried out in the order in which it was given; nothing is said about two streams without an event."""
@@ -65,25 +65,37 @@ class Device(Protocol):
     def layer_merge(self, stream: Stream, launch: Launch, num_nonfinite: int) -> None:
         """Write the merged tensors; add counts of NaN and Inf to int64 ``[rows]`` at the address. Returns at once."""
 
-    def count_keys(self, stream: Stream, launch: SparseLaunch, what: int, counts: int) -> None:
+    def count_keys(self, stream: Stream, launch: SectionedLaunch, what: int, counts: int) -> None:
         """Add counts of keys to int64 at ``counts``: see csrc/cuda/layer_threshold.cuh. Returns at once.
 
         ``what``: one of ``sparse_tables.UPPER_BITS``, ``LOWER_BITS``, ``EQUAL``, ``NONZERO``.
         """
 
-    def layer_moments(self, stream: Stream, launch: SparseLaunch, scratch: int, moments: int) -> None:
+    def layer_moments(self, stream: Stream, launch: SectionedLaunch, scratch: int, moments: int) -> None:
         """Add sums to float64 ``[rows, T, 6]`` at ``moments``. Returns at once.
 
         ``scratch``: address of room for ``(num_blocks + num_spans) 6 T`` doubles.
         """
 
-    def layer_elect(self, stream: Stream, launch: SparseLaunch, num_nonfinite: int) -> None:
+    def layer_elect(self, stream: Stream, launch: SectionedLaunch, num_nonfinite: int) -> None:
         """Write the merged tensors; add counts of NaN and Inf to int64 ``[rows]`` at the address. Returns at once."""
 
-    def ranked_masks(self, stream: Stream, launch: SparseLaunch, scratch: int) -> None:
+    def ranked_masks(self, stream: Stream, launch: SectionedLaunch, scratch: int) -> None:
         """Write the bits of masks by rank. Returns at once.
 
         ``scratch``: address of room for 9 bytes for each of the launch's items.
+        """
+
+    def column_gram(self, stream: Stream, launch: SectionedLaunch, gram: int, open_sums: int) -> None:
+        """Add Gram matrices to float64 ``[columns, V, V]`` at ``gram``, of pieces that come in order. Returns at once.
+
+        ``open_sums``: address of float64 ``[columns, V (V + 1) / 2]``, sums that go on in the next piece.
+        """
+
+    def column_merge(self, stream: Stream, launch: SectionedLaunch, coefficients: int, num_nonfinite: int) -> None:
+        """Write the merged tensors; coefficients float64 ``[columns, T]`` at the address. Returns at once.
+
+        ``num_nonfinite``: as of ``layer_merge``.
         """
 
     def drain(self) -> None:

@@ -30,14 +30,16 @@ _ROUNDING_NBYTES = 8  # a section may begin so much later
 
 
 @dataclass(frozen=True)
-class SparseLaunch(Launch):
-    """One call of a sparse kernel.
+class SectionedLaunch(Launch):
+    """One call of a kernel that takes more than the layer's table.
 
     Attributes:
         key_kind: what elements are ranked by.
-        sections: addresses of the sections, on the device: masks, and election or ranks; or the keys that are wanted.
+        sections: addresses of the sections, on the device: masks, and election or ranks; or the keys that are wanted;
+            or the columns of matrices.
         num_keys, num_ranks: J and R, where keys are counted.
         num_rows, num_items: rows that are ranked, and their elements with each row padded to a power of two.
+        num_sums: sums of columns, each of one column and one pair of operands.
     """
 
     key_kind: int = 0
@@ -46,6 +48,7 @@ class SparseLaunch(Launch):
     num_ranks: int = 0
     num_rows: int = 0
     num_items: int = 0
+    num_sums: int = 0
 
 
 def masks_nbytes(num_models: int) -> int:
@@ -114,6 +117,31 @@ def election_section(election: LayerElection, tensors: NDArray[np.int64]) -> NDA
 def ranks_section(num_rows: NDArray[np.int64], num_items: NDArray[np.int64]) -> NDArray[np.uint8]:
     """Return where the rows of pieces are sorted, from their numbers and those of their items, int64 ``[P]``."""
     return _bytes_of(np.concatenate([[0], np.cumsum(num_rows)]), np.cumsum(num_items) - num_items)
+
+
+def columns_nbytes() -> int:
+    """Return the most bytes that columns of matrices take per piece."""
+    return _ROUNDING_NBYTES + 5 * 8 + 8 + 1
+
+
+def columns_section(
+    columns: NDArray[np.int64],
+    firsts: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    is_last: NDArray[np.bool_],
+    num_pairs: int,
+) -> NDArray[np.uint8]:
+    """Return the matrices that pieces are of, by columns.
+
+    Args:
+        columns: int64 ``[P]``: elements per row.
+        firsts: int64 ``[P]``: the first element of each piece.
+        starts: int64 ``[P]``: columns of the layer before the piece's tensor.
+        is_last: bool ``[P]``: whether the tensor ends with the piece.
+        num_pairs: pairs of operands.
+    """
+    ends = np.cumsum(columns * num_pairs)
+    return _bytes_of(columns, firsts, starts, np.concatenate([[0], ends]), is_last.astype(np.uint8))
 
 
 def join(packed: NDArray[np.uint8], sections: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.uint8], list[int]]:

@@ -13,6 +13,7 @@ from .cpu import CpuBackend
 from .device_results import DeviceResults
 from .launch_tables import DeviceTable, Launch, pack
 from .slices import Slice, SliceChecksums, cut_into_slices, reads_of, writes_of
+from .streamed_columns import ColumnStream
 from .streamed_sparse import SparseStream
 from .streaming import Job, Pipeline
 from .tables import Written
@@ -28,7 +29,7 @@ _MAX_THREADS = 4  # that read, and that write: their memcpy is then faster than 
 
 
 class StreamedBackend:
-    """The kernels of linear and of sparse methods on a device, with the CPU's bits; not those for rows and columns.
+    """All kernels but ``layer_row_divergence`` on a device, with the CPU's bits.
 
     Args:
         device: where to compute. The backend closes it, also if this raises.
@@ -49,6 +50,7 @@ class StreamedBackend:
             raise
         self._results = DeviceResults(device, self._pipeline)
         self._sparse = SparseStream(self._pipeline, self._results)
+        self._columns = ColumnStream(self._pipeline, self._results)
 
     def close(self) -> None:
         """Give the device's memory and the threads back."""
@@ -96,9 +98,9 @@ class StreamedBackend:
 
     def column_gram(
         self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
-    ) -> NoReturn:
-        """Not there."""
-        _refuse("column_gram")
+    ) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return self._columns.gram(layer, columns, gram)
 
     def column_merge(
         self,
@@ -106,9 +108,9 @@ class StreamedBackend:
         columns: NDArray[np.int64],
         coefficients: Sequence[NDArray[np.float64]],
         out: OutputTable,
-    ) -> NoReturn:
-        """Not there."""
-        _refuse("column_merge")
+    ) -> Written:
+        """See :class:`~metagpt_fast.backends.tables.Backend`."""
+        return self._columns.merge(layer, columns, coefficients, out)
 
     def layer_threshold(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,9 +10,10 @@ import numpy as np
 from .. import _native
 from . import sparse_tables
 from .device_results import DeviceResults
-from .launch_tables import BLOCK_NUMEL, DeviceTable, pack
+from .launch_tables import BLOCK_NUMEL
+from .slice_launches import prepare
 from .slices import Extras, Slice, SliceChecksums, Transfer, bits_nbytes, cut_into_slices, reads_of, writes_of
-from .sparse_tables import BITS, RANKED, SparseLaunch
+from .sparse_tables import BITS, RANKED
 from .streamed_threshold import ThresholdStream
 from .streaming import Job
 from .tables import MEMORY, Written, rows_of
@@ -21,6 +21,7 @@ from .tables import MEMORY, Written, rows_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from .sparse_tables import SectionedLaunch
     from .streaming import Pipeline
     from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
@@ -39,7 +40,7 @@ class SparseStream:
     def __init__(self, pipeline: Pipeline, results: DeviceResults) -> None:
         self._pipeline = pipeline
         self._results = results
-        self.thresholds = ThresholdStream(pipeline, results, prepare)
+        self.thresholds = ThresholdStream(pipeline, results)
 
     def moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`. Leaves the bits of masks by rank for ``elect``."""
@@ -119,7 +120,7 @@ class SparseStream:
         extras = Extras(units, np.zeros_like(units), wanted.sum(axis=1), nbytes)
         slices = list(cut_into_slices(layer, None, pipeline.limits(_RANKED_NBYTES * BLOCK_NUMEL), extras))
 
-        def prepared(part: Slice, slot: int, output: int) -> tuple[NDArray[np.uint8], SparseLaunch]:
+        def prepared(part: Slice, slot: int, output: int) -> tuple[NDArray[np.uint8], SectionedLaunch]:
             columns = masks.columns[part.tensors]
             rows = part.numels // columns
             items = rows * (1 << np.ceil(np.log2(columns)).astype(np.int64))
@@ -178,61 +179,6 @@ class _MadeMasks:
     def reads(self, part: Slice) -> list[Transfer]:
         """Return the bits that are brought into a slice's slot."""
         return _bits_transfers(part, part.bits_offsets, self.is_made, self.addresses, -1)
-
-
-def prepare(
-    layer: LayerTable,
-    out: OutputTable | None,
-    part: Slice,
-    slot: int,
-    output: int,
-    sections: Sequence[NDArray[np.uint8]],
-    *,
-    key_kind: int,
-    rows: NDArray[np.int64] | None = None,
-    num_keys: int = 0,
-    num_ranks: int = 0,
-    num_rows: int = 0,
-    num_items: int = 0,
-) -> tuple[NDArray[np.uint8], SparseLaunch]:
-    """Return a slice's table with its sections, and its launch, for slots at these addresses.
-
-    ``rows``: where in the results a piece's are, int64 ``[P]``; default by its tensor's number in the layer. See
-    :class:`~metagpt_fast.backends.sparse_tables.SparseLaunch` for the others.
-    """
-    tensors, num_pieces = part.tensors, len(part.tensors)
-    num_models = layer.num_operands - 1
-    table = DeviceTable(
-        addresses=(slot + part.offsets).astype(np.uint64),
-        dtypes=layer.dtypes[tensors],
-        numels=part.numels,
-        has_base=True,
-        rows=tensors if rows is None else rows,
-        out_addresses=np.zeros(num_pieces, np.uint64) if out is None else (output + part.out_offsets).astype(np.uint64),
-        out_dtypes=np.zeros(num_pieces, np.uint8) if out is None else out.dtypes[tensors],
-        coefficients=np.zeros((num_pieces, num_models)),
-    )
-    # Whatever the output is: sums and elections are in fp64 where an operand is F64.
-    packed, num_blocks, num_spans, kinds = pack(table, merges=False)
-    together, starts = sparse_tables.join(packed, sections)
-    launch = SparseLaunch(
-        table_address=slot,
-        num_tensors=num_pieces,
-        num_operands=layer.num_operands,
-        has_base=True,
-        num_blocks=num_blocks,
-        num_spans=num_spans,
-        kinds=kinds,
-        reads=(slot, part.nbytes),
-        writes=(output, part.out_nbytes),
-        key_kind=key_kind,
-        sections=tuple(slot + start for start in starts),
-        num_keys=num_keys,
-        num_ranks=num_ranks,
-        num_rows=num_rows,
-        num_items=num_items,
-    )
-    return together, launch
 
 
 def _places(part: Slice, starts: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ the CPU, which selects it by its rank in the span.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..quantities import format_nbytes
 from . import sparse_tables
 from .cpu import CpuBackend
 from .launch_tables import SPAN_NUMEL
+from .slice_launches import prepare
 from .slices import NUM_PARTS, Extras, cut_into_slices, reads_of
 from .sparse_tables import EQUAL, LOWER_BINS, LOWER_BITS, LOWER_KEY_BITS, NONZERO, UPPER_BINS, UPPER_BITS
 from .streaming import Job
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .device_results import DeviceResults
-    from .sparse_tables import SparseLaunch
     from .streaming import Pipeline
-
-    Prepare = Callable[..., tuple[NDArray[np.uint8], SparseLaunch]]
 
 # The counts of a smaller tensor are more bytes than the tensor: the CPU selects from it.
 _LEAST_COUNTED = SPAN_NUMEL
@@ -44,13 +42,11 @@ class ThresholdStream:
     Args:
         pipeline: what brings slices to the device; its scratch memory holds the counts.
         results: the way of counts to the device and back.
-        prepare: as :func:`~metagpt_fast.backends.streamed_sparse.prepare`.
     """
 
-    def __init__(self, pipeline: Pipeline, results: DeviceResults, prepare: Prepare) -> None:
+    def __init__(self, pipeline: Pipeline, results: DeviceResults) -> None:
         self._pipeline = pipeline
         self._results = results
-        self._prepare = prepare
 
     def threshold(
         self, layer: LayerTable, columns: NDArray[np.int64], key_kind: int, ranks: NDArray[np.int64]
@@ -177,7 +173,7 @@ class ThresholdStream:
         address = self._results.load(counts, None if is_small else pipeline.scratch)
         steps = SPAN_NUMEL if what == EQUAL else np.iinfo(np.int64).max
         job = Job(
-            lambda part, slot, output: self._prepare(
+            lambda part, slot, output: prepare(
                 layer,
                 None,
                 part,

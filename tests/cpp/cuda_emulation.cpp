@@ -1,6 +1,7 @@
 // The CUDA kernels on the host, as a library for tests/cuda_emulation.py: device memory is the process's own.
 #include "cuda_emulation.h"
 
+#include "cuda/columns.cuh"
 #include "cuda/layer_elect.cuh"
 #include "cuda/layer_gram.cuh"
 #include "cuda/layer_merge.cuh"
@@ -53,5 +54,17 @@ void emulated_ranked_masks(std::uint64_t table, std::int64_t num_tensors, int nu
   ranked_masks(layer_table_at(table, num_tensors, num_operands, true),
                mask_columns_at(masks, num_tensors, num_operands - 1, key_kind), rank_columns_at(ranks, num_tensors),
                num_blocks, num_rows, num_items, scratch, nullptr);
+}
+void emulated_column_gram(std::uint64_t table, std::int64_t num_tensors, int num_operands, int has_base,
+                          std::uint64_t matrices, std::int64_t num_sums, double* gram, double* open_sums) {
+  column_gram(layer_table_at(table, num_tensors, num_operands, has_base != 0), matrix_columns_at(matrices, num_tensors),
+              num_sums, gram, open_sums, nullptr);
+}
+
+void emulated_column_merge(std::uint64_t table, std::int64_t num_tensors, int num_operands, int has_base,
+                           std::uint64_t matrices, std::int64_t num_blocks, const double* coefficients,
+                           unsigned long long* num_nonfinite) {
+  column_merge(layer_table_at(table, num_tensors, num_operands, has_base != 0),
+               matrix_columns_at(matrices, num_tensors), num_blocks, coefficients, num_nonfinite, nullptr);
 }
 }

@@ -24,6 +24,7 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 struct EmulatedIndex {
   unsigned x = 0;
