@@ -43,6 +43,7 @@ from .sparse_calls import (
     random_masks,
     random_ranks,
 )
+from .test_streaming import Careless
 from .tools import cxx_compiler
 
 pytestmark = pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler")
@@ -199,6 +200,24 @@ def test_tensors_in_pieces_in_any_order(seed):
     device.close()
     assert fake.is_closed
     assert fake.peak_nbytes <= MEMORY + 4096
+
+
+@pytest.mark.parametrize("method", ["wait", "synchronize"])
+@pytest.mark.parametrize("period", [1, 2])
+def test_every_wait_is_needed(method, period):
+    """Whichever of them is left out regularly, the fake device notices, or the result is another one."""
+    layer = make_layer(np.random.default_rng(16), (BF16,) * 3, (3 * SPAN, SPAN, 2 * SPAN))
+    masks = random_masks(np.random.default_rng(17), layer, Keys(layer), (BAND, RANDOM))
+    masks.kinds[1], masks.columns[1] = RANKED, 64
+    election, keys = random_election(np.random.default_rng(18), layer), Keys(layer)
+    ranks = random_ranks(np.random.default_rng(19), layer, keys, 1)
+    for phase in range(period):
+        for call in (
+            lambda device: check_threshold(layer, keys, ranks, device),
+            lambda device: check_masks(layer, masks, election, (BF16,), device),
+        ):
+            with pytest.raises((AssertionError, _native.InputChangedError)):
+                call(StreamedBackend(Careless(0, method, phase, period), MEMORY))
 
 
 @pytest.mark.parametrize("columns", [1, 2, 31, 100, 1000, 1025])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ucontext.h>
+#include <csetjmp>
 
 #include <bit>
 #include <cmath>
@@ -87,7 +88,9 @@ struct Copy {
 // One thread of the warp that runs.
 struct Fiber {
   static constexpr std::size_t kStackNbytes = 64 << 10;
-  ucontext_t context;
+  ucontext_t context;  // of its beginning; from then on it is left and entered by jumps, which make no system calls
+  std::jmp_buf place;
+  bool is_begun = false;
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackNbytes);
   bool is_done = true;
   const char* barrier = nullptr;  // where it waits
@@ -98,7 +101,7 @@ struct Fiber {
 
 struct Warp {
   Fiber fibers[32];
-  ucontext_t scheduler;
+  std::jmp_buf scheduler;
   int current = 0;
   std::function<void()> body;
   std::uint32_t random = 1;
@@ -110,14 +113,30 @@ inline Fiber& self() { return warp.fibers[warp.current]; }
 // Waits until all threads of the warp are at the same barrier.
 inline void barrier(const char* name) {
   self().barrier = name;
-  swapcontext(&self().context, &warp.scheduler);
+  if (_setjmp(self().place) == 0) _longjmp(warp.scheduler, 1);
 }
 
+// A fiber has one thread after the other.
 inline void enter() {
-  warp.body();
-  self().is_done = true;
-  self().barrier = "the end";
-  swapcontext(&self().context, &warp.scheduler);
+  for (;;) {
+    warp.body();
+    self().is_done = true;
+    barrier("the end");
+  }
+}
+
+// Lets the current fiber run until its next barrier.
+[[gnu::noinline]] inline void resume() {
+  if (_setjmp(warp.scheduler) != 0) return;
+  Fiber& fiber = self();
+  if (fiber.is_begun) _longjmp(fiber.place, 1);
+  fiber.is_begun = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = Fiber::kStackNbytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, &enter, 0);
+  setcontext(&fiber.context);
 }
 
 // Runs a warp's threads from barrier to barrier.
@@ -126,11 +145,6 @@ inline void run_warp(unsigned first_thread) {
     fiber.is_done = false;
     fiber.groups.clear();
     fiber.open.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = Fiber::kStackNbytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &enter, 0);
   }
   while (!warp.fibers[0].is_done) {
     warp.random = warp.random * 1664525u + 1013904223u;
@@ -138,7 +152,7 @@ inline void run_warp(unsigned first_thread) {
     for (unsigned n = 0; n < 32; ++n) {
       warp.current = static_cast<int>((turn + n * step) % 32);
       threadIdx.x = first_thread + static_cast<unsigned>(warp.current);
-      swapcontext(&warp.scheduler, &self().context);
+      resume();
     }
     for (const Fiber& fiber : warp.fibers) {
       if (fiber.barrier != warp.fibers[0].barrier) fail("threads of a warp are at different barriers");
