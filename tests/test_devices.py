@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import metagpt_fast as mf
 from metagpt_fast import devices
 from metagpt_fast.backends import cuda_device
+from metagpt_fast.backends.sparse_tables import SectionedLaunch
 from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16
 from metagpt_fast.errors import BackendError, RecipeError
@@ -155,3 +156,34 @@ def test_memory_errors_of_the_driver_have_a_hint():
 
     with pytest.raises(BackendError, match=r"cuda:0 \(H100\): CUDA failed: got cudaMalloc.* smaller --device-memory"):
         device._call(fail)
+
+
+def test_every_launch_reaches_the_driver():
+    """Without a GPU a launch with arguments of the right number and types fails in CUDA, and nowhere before."""
+    try:
+        module = cuda_device.load_module()
+    except BackendError:
+        pytest.skip("no CUDA module")
+    try:
+        cuda_device.list_devices()
+    except BackendError:
+        device = cuda_device.CudaDevice.__new__(cuda_device.CudaDevice)
+        device.name, device._module = "cuda:0", module
+    else:
+        pytest.skip("there is a GPU")
+    facts = {"table_address": 256, "num_tensors": 1, "num_operands": 3, "has_base": True, "num_blocks": 1}
+    facts |= {"num_spans": 1, "kinds": 1, "reads": (256, 100), "num_sums": 1, "num_rows": 1, "num_keys": 2}
+    for name, sections, arguments in (
+        ("layer_gram", (), (512, 512)),
+        ("layer_merge", (), (512,)),
+        ("count_keys", (512,), (0, 512)),
+        ("count_keys", (512,), (3, 512)),
+        ("layer_moments", (512,), (512, 512)),
+        ("layer_elect", (512, 1024), (512,)),
+        ("ranked_masks", (512, 1024), (512,)),
+        ("column_gram", (512,), (512, 512)),
+        ("column_merge", (512,), (512, 512)),
+    ):
+        launch = SectionedLaunch(**facts, sections=sections)
+        with pytest.raises(BackendError, match=r"CUDA failed: got .*kernel<<<1, "):
+            getattr(device, name)(0, launch, *arguments)
