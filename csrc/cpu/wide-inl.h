@@ -13,6 +13,13 @@ MF_WIDE(std::int32_t, 32) I32x8;
 
 constexpr std::size_t kWide = 8;
 
+// Of two vectors of eight; the second one's elements are numbers 8 to 15.
+#if defined(__clang__)
+#define MF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I32x8{__VA_ARGS__})
+#endif
+
 // They are passed by reference: as values they would be passed differently with and without AVX.
 template <class Wide, class T>
 MF_INLINE void load_wide(const T* p, Wide& x) {
