@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 from benchlib.markdown import markdown_table
+from benchlib.mergekit_table import mergekit_table
 from benchlib.rows import Result, Row
 from benchlib.scale_table import scale_tables
 from benchlib.show import format_number, format_spread
@@ -46,8 +47,7 @@ def bench_table(result: Result, source: str) -> str:
         parts += [_IO, _io_table(of_suite["io"])]
     if of_suite["startup"]:
         parts.append(_startup_table(of_suite["startup"]))
-    if scale := scale_tables(result.rows):
-        parts.append(scale)
+    parts += [table for make in (scale_tables, mergekit_table) if (table := make(result.rows))]
     return _with_methods(parts, result)
 
 

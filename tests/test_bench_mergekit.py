@@ -14,6 +14,7 @@ from .tools import ROOT
 sys.path.append(str(ROOT / "bench"))  # behind everything else: its names are plain
 
 import bench_mergekit_fast
+from benchlib.mergekit_table import mergekit_table
 from benchlib.processes import ProcessError
 from make_family import BenchFamily
 
@@ -56,6 +57,10 @@ def test_rows_and_speedups(measure):
     assert ours.metrics["speedup_after_planning"].median == 4.0
     assert ours.metrics["peak_above_imports_mb"].median > 0
     assert "speedup_after_planning" not in theirs.metrics
+    table = mergekit_table([theirs, ours])
+    assert table.splitlines()[-1].startswith("| `linear` | ")
+    assert " 4.00 (4.00..4.00) " in table
+    assert mergekit_table([]) == ""
 
 
 def test_a_command_that_fails(measure):
