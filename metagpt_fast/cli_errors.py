@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 _STDERR = 2
 _JSON_KEY = "metagpt_fast.json"
+# Methods of threading's classes that lock, or unlock, and return.
+_LOCKING = frozenset({"__enter__", "__exit__", "_acquire_restore", "_release_save"})
+_POSTPONE_SECONDS = 0.001
 
 
 class ReportingCommand(click.Command):
@@ -60,9 +64,7 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
     reader of stdout that left, as ``| head`` does, is no error and gets no message at shutdown.
     """
     _open_standard_streams()
-    signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
-        signal.signal(signal.SIGHUP, _terminate)
+    _Interrupts().install()
     # λ and τ must not fail where the terminal's encoding has none.
     if isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr.reconfigure(errors="replace")
@@ -139,8 +141,35 @@ def _open_standard_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated(signum)
+class _Interrupts:
+    """Raises what a signal means; a moment later where that would be between a lock and the block that unlocks it.
+
+    ``threading`` has with-statements whose ``__enter__`` and ``__exit__`` are in Python. An exception in there leaves
+    the lock locked, and then a thread waits for it, and the end of the merge for the thread, for ever.
+    """
+
+    def __init__(self) -> None:
+        self._postponed: int = signal.SIGINT
+
+    def install(self) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, self._handle)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGALRM, self._handle_postponed)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if frame is not None and frame.f_code.co_filename == threading.__file__ and frame.f_code.co_name in _LOCKING:
+            self._postponed = signum
+            signal.setitimer(signal.ITIMER_REAL, _POSTPONE_SECONDS)
+            return
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Terminated(signum)
+
+    def _handle_postponed(self, signum: int, frame: FrameType | None) -> None:
+        self._handle(self._postponed, frame)
 
 
 def _report(error: BaseException, *, as_json: bool) -> int:
