@@ -151,7 +151,7 @@ class BuildFolder:
                 "another merge is writing this output",
                 where=self._target,
                 got=f"{self.path} in use" + (f" by {owner}" if owner.isprintable() and owner else ""),
-                hint="wait for it, or choose another output with -o",
+                hint="wait for it, or choose another output",
             ) from error
         except OSError as error:
             _logger.warning(

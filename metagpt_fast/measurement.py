@@ -81,7 +81,7 @@ class Measurement:
     def warnings(self) -> tuple[str, ...]:
         """Return what a user should know before trusting a merge of these models."""
         return (
-            *trust.task_vector_warnings(self.labels, self.norms, self.cosines),
+            *trust.task_vector_warnings(self.labels, self.norms, self.cosines, self.base_norm),
             *trust.share_warnings(self.labels, self.coefficients()[None, :], "MetaGPT's"),
         )
 

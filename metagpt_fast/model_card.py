@@ -114,7 +114,7 @@ def _method(report: MergeReport) -> str:
         f"{format_count(report.num_parameters)} parameters; dtype {_code(report.out_dtype)}",
     ]
     if report.exclude is not None:
-        lines.append(f"- excluded from the merge: {_code(report.exclude)}")
+        lines.append(f"- excluded from the merge: {_code(report.exclude, in_table=False)}")
     return "\n".join(lines)
 
 
@@ -190,13 +190,15 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _code(text: str) -> str:
+def _code(text: str, *, in_table: bool = True) -> str:
     """``text`` as a code span, in which nothing is a link or markup.
 
     The characters that could end the span or a table's cell are replaced by others that look alike, because
     Markdown readers disagree about how to escape them. The exact text is in ``metagpt_fast.json``.
     """
-    shown = _visible(text).replace("`", "'").replace("|", "¦")
+    shown = _visible(text).replace("`", "'")
+    if in_table:
+        shown = shown.replace("|", "¦")
     return f"`{shown or '?'}`"
 
 

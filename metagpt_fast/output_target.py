@@ -19,8 +19,8 @@ _RENAME_EXCHANGE = 2
 # Folders that a model folder may hold; any other says that it holds more than a model.
 _KNOWN_SUBFOLDERS = frozenset({".cache", "additional_chat_templates"})
 _HINTS = {
-    errno.ENOSPC: "free some space or choose another disk with -o",
-    errno.EDQUOT: "free some of your quota or choose another disk with -o",
+    errno.ENOSPC: "free some space or choose another disk for the output",
+    errno.EDQUOT: "free some of your quota or choose another disk for the output",
     errno.EMFILE: "choose a larger --max-shard-size, so that there are fewer files, or raise ulimit -n",
     errno.EFBIG: "this file system has no files of that size; choose a smaller --max-shard-size",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -210,7 +210,7 @@ def _check_apart_from_inputs(target: Path, inputs: Sequence[Path]) -> None:
                 where=target,
                 got=path,
                 expected="a place outside all inputs, which are never written",
-                hint="choose another output with -o",
+                hint="choose another output",
             )
 
 
@@ -248,7 +248,7 @@ def _check_parent(target: Path) -> None:
         "the folder of the output is not writable",
         where=parent,
         got="a read-only file system" if read_only else "no write permission",
-        hint="choose another output with -o",
+        hint="choose another output",
     )
 
 
@@ -259,7 +259,7 @@ def _check_space(target: Path, nbytes_needed: int) -> None:
     free += nbytes_allocated(build_path(target))  # of an interrupted merge, which is continued or deleted
     if free >= nbytes_needed:
         return
-    hint = "free some space or choose another disk with -o"
+    hint = "free some space or choose another disk for the output"
     if _exists(target) and (is_file_target(target) or any(target.iterdir())):
         hint += "; the old output does not count as free, because it is deleted only after the new one is whole"
     raise OutputError(
@@ -275,9 +275,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise OutputError("the output file is an existing folder", where=path, expected="the name of a file")
     if _exists(path) and not overwrite:
-        raise OutputError(
-            "the output exists", where=path, hint="replace it with --overwrite, or choose another with -o"
-        )
+        raise OutputError("the output exists", where=path, hint="replace it with --overwrite, or choose another name")
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:
@@ -289,9 +287,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise OutputError(
             "the output folder exists and is not empty",
             where=folder,
-            hint="replace it with --overwrite, or choose another with -o",
+            hint="replace it with --overwrite, or choose another name",
         )
-    hint = "delete it yourself if you mean it, or choose another output with -o"
+    hint = "delete it yourself if you mean it, or choose another output"
     looks_like_model = "metagpt_fast.json" in names or (
         "config.json" in names and any(name.endswith(".safetensors") for name in names)
     )

@@ -9,6 +9,7 @@ archive's own directory before anything else looks at it, so the engine maps the
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ _EIGHT_BITS = {
 }
 _BY_TORCH_NAME = {name: dtype for dtype in DTYPES.values() if (name := dtype.torch_name or dtype.numpy_name)}
 _BY_TORCH_NAME |= _EIGHT_BITS
+# What torch's loader says in the middle of its advice, and the colours of that.
+_REASON = re.compile(r"WeightsUnpickler error: ([^\n]*)")
+_ESCAPES = re.compile(r"\x1b\[[\d;]*m")
 
 
 def read_pickle_header(path: Path) -> ShardHeader:
@@ -103,7 +107,8 @@ def _load(path: Path) -> dict[str, Any]:
         with FakeTensorMode():
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = printable(error).split("\\n")[0][:300]
+        text = _ESCAPES.sub("", str(error))
+        reason = printable(found[1] if (found := _REASON.search(text)) else text.partition("\n")[0])[:300]
         hint = "do not trust this checkpoint, or convert it where you do"
         raise CheckpointError("torch's weights-only loader refuses it", where=path, got=reason, hint=hint) from error
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):

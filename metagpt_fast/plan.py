@@ -16,7 +16,15 @@ from .errors import PlanError
 from .methods import Method
 from .operations import Row
 from .output_shards import OutputTensor
-from .plan_checks import check_distinct, check_mergeable, check_no_extra, exclude_hint, matching, unique_labels
+from .plan_checks import (
+    check_distinct,
+    check_mergeable,
+    check_no_extra,
+    exclude_hint,
+    matching,
+    unique_labels,
+    unused_exclude,
+)
 from .recipe import Recipe
 
 # The first component of a name that is a number ends the layer's name: model.layers.12.self_attn.q_proj.weight.
@@ -257,7 +265,8 @@ def make_plan(recipe: Recipe, base: Checkpoint, models: Sequence[Checkpoint]) ->
     if recipe.method.base == "model":
         models = (base, *models)
         labels = unique_labels(models)
-    return MergePlan(recipe, base, tuple(models), labels, sort_by_layer(tensors), tuple(buffers))
+    warnings = unused_exclude(recipe.exclude, base, models)
+    return MergePlan(recipe, base, tuple(models), labels, sort_by_layer(tensors), tuple(buffers), warnings=warnings)
 
 
 def layer_of(name: str) -> str:

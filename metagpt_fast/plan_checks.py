@@ -130,6 +130,13 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
+def unused_exclude(exclude: re.Pattern[str] | None, base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """Return a sentence for the user if the pattern finds no tensor at all."""
+    if exclude is None or any(exclude.search(name) for each in (base, *models) for name in each.tensors):
+        return ()
+    return (f"--exclude {_quote(exclude.pattern)} matches no tensor: all of them are merged",)
+
+
 def exclude_hint(name: str) -> str:
     """Return the advice to take exactly this tensor from the base, ready for a shell."""
     return _pattern_hint(_pattern_of(name))

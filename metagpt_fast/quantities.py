@@ -65,6 +65,11 @@ def format_count(count: float) -> str:
     return _with_prefix(count, ("", "k", "M", "B", "T")).rstrip()
 
 
+def format_norm(norm: float) -> str:
+    """Return four digits: ``8.661``, ``0.04210``, ``8657``."""
+    return f"{norm:#.4g}".removesuffix(".")
+
+
 def format_rate(nbytes: float, seconds: float) -> str:
     """Return the throughput of ``nbytes`` in ``seconds``: ``12.7 GB/s``; a dash where no time passed."""
     return f"{format_nbytes(nbytes / seconds)}/s" if seconds > 0 else "–"

@@ -36,7 +36,9 @@ def _warnings(plan: MergePlan, layers: LayerPass, copy_code: bool) -> tuple[str,
     warnings = [*plan.warnings, *plan.recipe.method.warnings()]
     total = layers.total_gram
     if total is not None:
-        warnings += trust.task_vector_warnings(plan.labels, norms_of(total), cosines_of(total))
+        warnings += trust.task_vector_warnings(
+            plan.labels, norms_of(total), cosines_of(total), float(total[0, 0]) ** 0.5
+        )
     warnings += trust.share_warnings(plan.labels, coefficients_by_scope(plan, layers.coefficients)[1])
     out_dtypes = {tensor.name: tensor.out_dtype for tensor in plan.merged}
     for name, count in layers.num_nonfinite.items():
@@ -46,7 +48,8 @@ def _warnings(plan: MergePlan, layers: LayerPass, copy_code: bool) -> tuple[str,
             problem = "are too large for the output dtype and became Inf; use --dtype bf16 or f32"
         else:
             problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
-        warnings.append(f"{count} elements of tensor {brief(name)} {problem}")
+        elements = "1 element" if count == 1 else f"{count} elements"
+        warnings.append(f"{elements} of tensor {brief(name)} {problem}")
     return (*warnings, *(warnings_for(plan.base, copy_code=copy_code) if plan.tool is None else ()))
 
 

@@ -185,7 +185,7 @@ class ShardFiles:
                 where=path.parent,
                 got="an unknown number of bytes free" if free is None else f"{format_nbytes(free)} free",
                 expected=format_nbytes(sum(shard.nbytes for shard in self._shards)),
-                hint="free some space (or quota), or choose another disk with -o",
+                hint="free some space (or quota), or choose another disk for the output",
             ) from error
         write_at(fd, shard.header, 0)
 

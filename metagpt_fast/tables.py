@@ -11,7 +11,7 @@ from rich.text import Text
 from .console import open_console, print_warnings
 from .method_tables import print_tensors
 from .methods import changed_parameters
-from .quantities import format_count, format_nbytes, format_rate, format_seconds
+from .quantities import format_count, format_nbytes, format_norm, format_rate, format_seconds
 from .table_parts import make_table, settings
 from .untrusted import printable
 
@@ -193,7 +193,7 @@ def _print_coefficients(
             label,
             f"{coefficients[t]:.4f}",
             _share(console, abs(coefficients[t]) / total if total > 0 else 0.0),
-            "not measured" if norm is None else f"{norm:#.4g}",
+            "not measured" if norm is None else format_norm(norm),
             f"{100 * norm / base_norm:.2f} %" if norm is not None and base_norm else "–",
         )
     console.print(table)
@@ -214,7 +214,7 @@ def _print_scope_coefficients(console: Console, labels: Sequence[str], report: M
             f"{min(values):.4f}",
             f"{max(values):.4f}",
             sparkline(values, highest) if _has_unicode(console) else "",
-            "not measured" if report.norms is None else f"{report.norms[t]:#.4g}",
+            "not measured" if report.norms is None else format_norm(report.norms[t]),
         )
     console.print(table)
 

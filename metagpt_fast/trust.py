@@ -17,20 +17,29 @@ if TYPE_CHECKING:
 DOMINANT_SHARE = 0.9
 # Property 6 of the MetaGPT paper takes task vectors for orthogonal; its models have cosines below 0.1.
 NOTABLE_COSINE = 0.3
+# Fine-tunes are some percent of the base's norm away from it; weights of another training about 140 %.
+DISTANT_RATIO = 0.5
 
 
-def task_vector_warnings(labels: Sequence[str], norms: FloatArray, cosines: FloatArray) -> list[str]:
-    """Return a sentence for each zero task vector, and for pairs that are far from orthogonal.
+def task_vector_warnings(labels: Sequence[str], norms: FloatArray, cosines: FloatArray, base_norm: float) -> list[str]:
+    """Return a sentence for each task vector that is zero or as long as the base, and for pairs far from orthogonal.
 
     Args:
         labels: the models' names, T of them.
         norms: ‖τ_t‖, float64 ``[T]``.
         cosines: between task vectors, float64 ``[T, T]``.
+        base_norm: ‖θ₀‖.
     """
     warnings = [
         f"{label} equals the base: its task vector is zero and it adds nothing to the merge"
         for label, norm in zip(labels, norms, strict=True)
         if norm == 0
+    ]
+    warnings += [
+        f"{label} is {norm / base_norm:.0%} of the base's norm away from it, and fine-tunes are some percent: is it "
+        "a fine-tune of this base?"
+        for label, norm in zip(labels, norms, strict=True)
+        if norm > DISTANT_RATIO * base_norm > 0
     ]
     for i in range(len(labels)):
         for j in range(i + 1, len(labels)):

@@ -237,7 +237,8 @@ class _Verification:
             layers.copy(writer)
             layers.merge(writer)
             self._report_differences(backend.differences, slots, checkpoint)
-        self._num_recomputed, self._numel_recomputed = len(wanted), backend.numel
+        self._num_recomputed = len(wanted)
+        self._numel_recomputed = sum(tensor.numel for tensor in plan.tensors if tensor.name in wanted)
         if backend.worst_gram_error > 1:
             self._problem(
                 "coefficients",

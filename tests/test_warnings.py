@@ -51,6 +51,20 @@ def test_coefficients_outside_0_to_1(tmp_path, method):
     assert "leave [0, 1] (m0: 1.5)" in warning
 
 
+def test_a_model_of_another_training(tmp_path):
+    """As long as the base, nearly at a right angle to it: weights that began elsewhere."""
+    rng = np.random.default_rng(1)
+    vectors = [rng.standard_normal(100), 0.1 * rng.standard_normal(100)]
+    [warning] = [each for each in merged(tmp_path, vectors).warnings if "fine-tune of this base" in each]
+    assert warning.startswith("m0 is ")
+    assert any("m0 is" in each for each in mf.measure(tmp_path / "in/base", [tmp_path / "in/m0"]).warnings())
+
+
+def test_a_pattern_that_excludes_nothing(tmp_path):
+    [warning] = merged(tmp_path, [[0.5, 0], [0, 0.5]], exclude="embde|head").warnings
+    assert warning == "--exclude 'embde|head' matches no tensor: all of them are merged"
+
+
 def test_share_warnings_weigh_scopes_alike_and_skip_unsolved_ones():
     rows = np.array([[0.95, 0.03, 0.02], [0.0, 0.0, 0.0], [0.91, 0.09, 0.0]])
     [warning] = trust.share_warnings(LABELS, rows)
@@ -62,11 +76,11 @@ def test_share_warnings_weigh_scopes_alike_and_skip_unsolved_ones():
 
 def test_task_vector_warnings_name_every_pair():
     cosines = np.array([[1.0, 0.31, -0.5], [0.31, 1.0, 0.3], [-0.5, 0.3, 1.0]])
-    warnings = trust.task_vector_warnings(LABELS, np.array([1.0, 2.0, 3.0]), cosines)
+    warnings = trust.task_vector_warnings(LABELS, np.array([1.0, 2.0, 3.0]), cosines, 100.0)
     assert len(warnings) == 2
     assert "chat and math" in warnings[0]
     assert "chat and code" in warnings[1]
-    zero = trust.task_vector_warnings(LABELS, np.array([1.0, 0.0, 3.0]), np.eye(3))
+    zero = trust.task_vector_warnings(LABELS, np.array([1.0, 0.0, 3.0]), np.eye(3), 100.0)
     assert [w for w in zero if w.startswith("math equals the base")] == zero
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import RecipeError, suggestion
 from .arcee_fusion import ArceeFusion
 from .base import Method
 from .karcher import Karcher
@@ -68,8 +68,9 @@ def find_method(name: str) -> type[Method]:
     """
     found = METHODS.get(name) or _announced().get(name)
     if found is None:
+        names = sorted({**METHODS, **_announced()})
         raise RecipeError(
-            "unknown method", where="method", got=repr(name), expected=", ".join(sorted({**METHODS, **_announced()}))
+            "unknown method", where="method", got=repr(name), expected=", ".join(names), hint=suggestion(name, names)
         )
     return found
 
@@ -88,7 +89,7 @@ def make_method(name: str, parameters: Mapping[str, object]) -> Method:
                 f"{name} has no parameter {parameter!r}",
                 where="method",
                 expected=", ".join(specs) or "no parameters",
-                hint=_hint(parameter),
+                hint=_hint(parameter) or suggestion(parameter, specs),
             )
     return found(**{specs[parameter].field: value for parameter, value in parameters.items()})
 

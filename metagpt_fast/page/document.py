@@ -11,7 +11,7 @@ import numpy as np
 from ..methods.metagpt import share_of_squares
 from ..model_card import equation, model_id, without_paths
 from ..quantities import format_count
-from ..trust import DOMINANT_SHARE, NOTABLE_COSINE
+from ..trust import DISTANT_RATIO, DOMINANT_SHARE, NOTABLE_COSINE
 from .charts import (
     Format,
     Row,
@@ -94,8 +94,13 @@ def _warnings(measurement: Measurement, numbers: PageNumbers, report: MergeRepor
         items.append(
             element(
                 "li",
-                f"Nothing to warn of: no task vector is zero, no pair has a cosine beyond ±{NOTABLE_COSINE}, and no "
-                f"model takes more than {DOMINANT_SHARE:.0%} of the weight.",
+                f"Nothing to warn of: no task vector is zero or as long as {DISTANT_RATIO:.0%} of the base"
+                + (
+                    f", no pair has a cosine beyond ±{NOTABLE_COSINE}, and no model takes more than "
+                    f"{DOMINANT_SHARE:.0%} of the weight."
+                    if len(measurement.labels) > 1
+                    else "."
+                ),
                 class_="fine",
             )
         )
