@@ -1,20 +1,24 @@
 """One PyTorch file (``pytorch_model.bin``, ``.pt``, ``.ckpt``): where its tensors lie, found without running it.
 
-``torch.save`` writes a zip archive: a pickle that names the tensors, and an uncompressed record for each storage.
-torch's weights-only loader reads the pickle and takes nothing but tensors and plain containers; under
-``FakeTensorMode`` it reads no data and says at which offset each storage begins. That is checked against the
-archive's own directory before anything else looks at it, so the engine maps the file as it does safetensors.
+``torch.save`` writes a zip archive: a pickle that names the tensors, and an uncompressed record for each storage. The
+pickle is looked through before it is loaded: it may name nothing but tensors and plain containers. Then torch's
+weights-only loader maps the file and makes the tensors, and where their memory is in the mapping is where they are in
+the file. That is checked against the archive's own directory, so the engine reads the file as it does safetensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
+import math
+import pickletools
 import re
 import struct
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from .dtypes import DTYPES
 from .errors import CheckpointError
@@ -43,6 +47,14 @@ _BY_TORCH_NAME |= _EIGHT_BITS
 # What torch's loader says in the middle of its advice, and the colours of that.
 _REASON = re.compile(r"WeightsUnpickler error: ([^\n]*)")
 _ESCAPES = re.compile(r"\x1b\[[\d;]*m")
+# What the pickle of a state dict names. torch's own list is longer, and has what takes time and memory without bound.
+_ALLOWED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)|torch\.storage UntypedStorage|"
+    r"torch (\w*Storage|b?float\d+\w*|u?int\d+|bool|complex\d+|Size)"
+)
+_MAX_OPCODES = 4_000_000  # 50,000 tensors take half of them
+_MAX_TUPLES_AGAIN = 16  # tuples of tuples of the same tuple take 2^n steps to hash
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) ")
 
 
 def read_pickle_header(path: Path) -> ShardHeader:
@@ -51,95 +63,157 @@ def read_pickle_header(path: Path) -> ShardHeader:
     Tensors that share memory are listed under each of their names.
 
     Raises:
-        CheckpointError: torch is not installed; the file cannot be read, is of another form, holds something that
-            torch's weights-only loader refuses, a tensor that is not contiguous, or contradicts itself.
+        CheckpointError: torch is not installed; the file cannot be read, is of another form, holds something that is no
+            tensor or that torch's weights-only loader refuses, a tensor that is not contiguous, or contradicts itself.
     """
     with open_regular(path) as (fd, info):
         if read_at(fd, len(_ZIP_MAGIC), 0) != _ZIP_MAGIC:
             what = "is not a file that torch.save wrote since PyTorch 1.6"
             _refuse(path, what, expected="a zip archive", hint=CONVERT_PICKLE)
-        records = _records(path, fd, info.st_size)
-    tensors = [_source(path, name, tensor, records) for name, tensor in _load(path).items()]
+        archive = _read_archive(path, fd, info.st_size)
+    _look_through(path, archive.pickle)
+    tensors = _sources(path, archive.records)
     tensors.sort(key=lambda source: (source.data_offset, source.nbytes, source.name))
     digest = hashlib.sha256(repr([(t.name, str(t.dtype), t.shape, t.data_offset) for t in tensors]).encode())
     shard = ShardFile(path, info.st_size, info.st_mtime_ns, digest.hexdigest())
     return ShardHeader(shard, tensors, {"format": "pt"})
 
 
-def _records(path: Path, fd: int, file_nbytes: int) -> dict[int, int]:
-    """Return where the archive's records begin, and how many bytes each has."""
+@dataclass(frozen=True)
+class _Archive:
+    pickle: bytes
+    records: dict[int, int]  # where each record begins, and how many bytes it has
+
+
+def _read_archive(path: Path, fd: int, file_nbytes: int) -> _Archive:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        _refuse(path, "is a broken archive", got=printable(error), hint="download it again")
-    if len({entry.filename for entry in entries}) != len(entries):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError) as error:
+        _refuse(path, "is a broken archive", got=printable(error)[:300], hint="download it again")
+    # torch looks for names without regard to case.
+    if len({entry.filename.lower() for entry in entries}) != len(entries):
         _refuse(path, "archive has two records of one name", hint="do not trust this checkpoint")
     records = {}
+    small: dict[str, bytes] = {}
     for entry in entries:
         name = brief(entry.filename)
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             _refuse(path, f"record {name} is compressed", expected="records as torch.save writes them")
-        header = read_at(fd, _LOCAL_HEADER.size, entry.header_offset)
+        header = read_at(fd, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset < file_nbytes else b""
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
             _refuse(path, f"record {name} is not where the archive says", hint="download it again")
         _, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
         begin = entry.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
         if begin + entry.file_size > file_nbytes:
             _refuse(path, f"record {name} ends behind the file", hint="download it again")
-        if entry.filename.endswith("/data.pkl") and entry.file_size > MAX_HEADER_NBYTES:
-            _refuse(
-                path, "pickle is too large", got=f"{entry.file_size} bytes", expected=f"at most {MAX_HEADER_NBYTES}"
-            )
         records[begin] = entry.file_size
-    return records
+        kind = entry.filename.lower().rpartition("/")[2]
+        if kind in {"data.pkl", "byteorder"}:
+            if kind in small:
+                _refuse(path, f"archive has two records {kind}", hint="do not trust this checkpoint")
+            if entry.file_size > MAX_HEADER_NBYTES:
+                expected = f"at most {MAX_HEADER_NBYTES}"
+                _refuse(path, "pickle is too large", got=f"{entry.file_size} bytes", expected=expected)
+            small[kind] = read_at(fd, entry.file_size, begin)
+    if "data.pkl" not in small:
+        _refuse(path, "archive has no pickle", expected="data.pkl, as torch.save writes it", hint=CONVERT_PICKLE)
+    if small.get("byteorder", b"little") != b"little":
+        _refuse(path, "is of a machine with another byte order", got=brief(small["byteorder"]), hint=CONVERT_PICKLE)
+    return _Archive(small["data.pkl"], records)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """Return torch's tensors by name, without their data."""
+def _look_through(path: Path, content: bytes) -> None:
+    """Refuse a pickle that names something else than state dicts do, or that is made to take for ever."""
+    tuples: set[object] = set()  # numbers in the pickle's memo
+    num_again = count = 0
+    previous = ""
+    try:
+        for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
+            name = opcode.name
+            count += 1
+            if name == "GLOBAL" and not _ALLOWED.fullmatch(str(argument)):
+                got = printable(argument)[:200]
+                what = "names something that is no tensor, which loading it would make"
+                _refuse(path, what, got=got, expected="the state dict of a model", hint=CONVERT_PICKLE)
+            if name in {"STACK_GLOBAL", "INST", "OBJ", "DUP"} or count > _MAX_OPCODES:
+                got = name if count <= _MAX_OPCODES else f"more than {_MAX_OPCODES} operations"
+                _refuse(path, "pickle is not as torch.save writes it", got=got, hint=CONVERT_PICKLE)
+            if name in {"BINPUT", "LONG_BINPUT", "PUT"} and previous in {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}:
+                tuples.add(argument)
+            num_again += name in {"BINGET", "LONG_BINGET", "GET"} and argument in tuples
+            if num_again > _MAX_TUPLES_AGAIN:
+                _refuse(path, "pickle is not as torch.save writes it", got="tuples of tuples", hint=CONVERT_PICKLE)
+            previous = name
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        _refuse(path, "pickle is broken", got=printable(error)[:300], hint="download it again")
+
+
+def _sources(path: Path, records: Mapping[int, int]) -> list[TensorSource]:
+    """Let torch make the tensors of the file it maps, and return where they lie."""
     try:
         import torch
-        from torch._subclasses.fake_tensor import FakeTensorMode
     except ImportError as error:
         hint = "pip install 'metagpt_fast[gpu]' brings torch; or " + CONVERT_PICKLE
         raise CheckpointError("is a PyTorch file, which only torch can read", where=path, hint=hint) from error
     try:
-        with FakeTensorMode():
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         text = _ESCAPES.sub("", str(error))
         reason = printable(found[1] if (found := _REASON.search(text)) else text.partition("\n")[0])[:300]
         hint = "do not trust this checkpoint, or convert it where you do"
         raise CheckpointError("torch's weights-only loader refuses it", where=path, got=reason, hint=hint) from error
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, Mapping):
+    # Unbound methods: a pickle can give objects attributes.
+    if isinstance(loaded, dict) and isinstance(inner := dict.get(loaded, "state_dict"), dict):
+        loaded = inner
+    if not isinstance(loaded, dict):
         _refuse(path, "does not hold a state dict", got=type(loaded).__name__, expected="tensors by name")
-    for name, value in loaded.items():
-        if not isinstance(name, str):
-            _refuse(path, "has a name that is not a string", got=brief(name), expected="tensors by name")
+    mappings = [
+        (int(found[1], 16), int(found[2], 16), int(found[3], 16))
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        if (found := _MAPPING.match(line))
+    ]
+    sources = []
+    for name, value in dict.items(loaded):
+        if not isinstance(name, str) or name == "__metadata__":
+            _refuse(path, "has a name that no tensor can have", got=brief(name), expected="tensors by name")
         check_tensor_name(name, path)
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
+        if type(value) not in {torch.Tensor, torch.nn.Parameter} or value.layout != torch.strided:
             _refuse(path, "is not a plain tensor", name, got=type(value).__name__, hint=CONVERT_PICKLE)
-    return dict(loaded)
+        if value.is_quantized or value.device.type != "cpu":
+            _refuse(path, "is not a plain tensor", name, got=f"{value.dtype} on {value.device}", hint=CONVERT_PICKLE)
+        if torch.Tensor.is_neg(value) or torch.Tensor.is_conj(value) or not torch.Tensor.is_contiguous(value):
+            got = f"strides {tuple(torch.Tensor.stride(value))} for {tuple(value.shape)}"
+            if torch.Tensor.is_neg(value) or torch.Tensor.is_conj(value):
+                got = "a negative or conjugate view"
+            _refuse(path, "elements are not as they lie in the file", name, got=got, hint=CONVERT_PICKLE)
+        dtype = _BY_TORCH_NAME.get(str(value.dtype).removeprefix("torch."))
+        if dtype is None:
+            _refuse(path, "unknown dtype", name, got=str(value.dtype), expected="one of " + ", ".join(DTYPES))
+        storage = torch.Tensor.untyped_storage(value)
+        place = int(torch.Tensor.storage_offset(value)) * dtype.itemsize, math.prod(value.shape) * dtype.itemsize
+        begin = _place(path, name, storage.data_ptr(), place, mappings, records)
+        sources.append(TensorSource(name, dtype, tuple(value.shape), path, begin))
+    return sources
 
 
-def _source(path: Path, name: str, tensor: Any, records: Mapping[int, int]) -> TensorSource:
-    dtype = _BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
-    if dtype is None:
-        _refuse(path, "unknown dtype", name, got=str(tensor.dtype), expected="one of " + ", ".join(DTYPES))
-    if not tensor.is_contiguous():
-        got = f"strides {tuple(tensor.stride())} for {tuple(tensor.shape)}"
-        _refuse(path, "elements are not in their order", name, got=got, hint=CONVERT_PICKLE)
-    storage_begin = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if storage_begin is None:
-        _refuse(path, "torch does not say where it lies", name, expected="torch 2.7 or later", hint=CONVERT_PICKLE)
-    begin = tensor.storage_offset() * dtype.itemsize
-    nbytes = tensor.numel() * dtype.itemsize
-    if begin < 0 or begin + nbytes > records.get(storage_begin, -1):
-        got = f"bytes {begin} to {begin + nbytes} of the record at {storage_begin}"
+def _place(
+    path: Path,
+    name: str,
+    address: int,
+    place: tuple[int, int],
+    mappings: list[tuple[int, int, int]],
+    records: Mapping[int, int],
+) -> int:
+    """Return where in the file a tensor begins, whose ``place`` in its storage is (first byte, number of bytes)."""
+    first, nbytes = place
+    if nbytes == 0:
+        return 0
+    storage_begin = next((address - begin + offset for begin, end, offset in mappings if begin <= address < end), -1)
+    if first < 0 or first + nbytes > records.get(storage_begin, -1):
+        got = f"bytes {first} to {first + nbytes} of the record at {storage_begin}"
         _refuse(path, "lies outside its record", name, got=got, hint="do not trust this checkpoint")
-    return TensorSource(name, dtype, tuple(tensor.shape), path, storage_begin + begin)
+    return storage_begin + first
 
 
 def _refuse(path: Path, what: str, tensor: str | None = None, **parts: str) -> NoReturn:

@@ -114,8 +114,8 @@ void SparseScratch::rank(const Layer& layer, const MaskTable& masks, const Span&
   const Operand* operands = whole_rows_.load(layer, {span.tensor, loaded_first, loaded_end - loaded_first});
   bits_.resize(rules_.size() * kBitsWords);
   const std::size_t row_numel = std::max(rule.columns, kChunkNumel);
-  if (rank_keys_.size() < row_numel) {
-    rank_keys_.resize(row_numel);
+  if (rank_limits_.size() < row_numel) {
+    rank_keys_.resize(row_numel + 8);  // keys are written in wide steps
     rank_codes_.resize(row_numel);
     rank_limits_.resize(row_numel);
     rank_order_.resize(2 * row_numel + std::min(row_numel, kSpanNumel) + 1);
