@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from .errors import RecipeError, suggestion
 from .recipe_yaml import YamlNode
-from .untrusted import brief
+from .untrusted import brief, printable
 
 # What mergekit has and this package has not, with what to do instead.
 REFUSED: Mapping[str, str] = {
@@ -187,7 +187,7 @@ def _explain(node: YamlNode, where: str, details: ErrorDetails, known_parameters
     if details["type"] == "extra_forbidden":
         return _unknown_key(str(path[-1]), _model_at(path[:-1]), where, known_parameters)
     if details["type"] == "missing":
-        return RecipeError(f"{key} is missing", where=where, expected=_HOLDS.get(key))
+        return RecipeError(f"{printable(key)} is missing", where=where, expected=_HOLDS.get(key))
     is_parameter = "parameters" in path[:-1] and key not in {"filter", "value"}
     if key == "tokenizer_source":
         hint = REFUSED["tokenizer"]
@@ -195,7 +195,7 @@ def _explain(node: YamlNode, where: str, details: ErrorDetails, known_parameters
             f"{key} cannot be used", where=where, got=brief(details["input"]), expected="base", hint=hint
         )
     expected = _PARAMETER if is_parameter else _HOLDS.get(key, details["msg"])
-    return RecipeError(f"{key} cannot be used", where=where, got=brief(details["input"]), expected=expected)
+    return RecipeError(f"{printable(key)} cannot be used", where=where, got=brief(details["input"]), expected=expected)
 
 
 def _model_at(path: tuple[str | int, ...]) -> type[BaseModel]:
