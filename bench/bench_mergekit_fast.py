@@ -22,7 +22,7 @@ from benchlib.method_recipes import METHOD_RECIPES
 from benchlib.page_cache import CacheState
 from benchlib.processes import ProcessError, Usage
 from benchlib.rounds import Task, run_rounds, usage_metrics
-from benchlib.rows import Row, Spread, save_rows
+from benchlib.rows import Row, Spread, save_or_print
 from make_family import FAMILIES, BenchFamily, default_folder, get_family
 
 from metagpt_fast.family import family_nbytes
@@ -146,12 +146,7 @@ def main(rows_file: Path | None, **settings: object) -> None:
         rows = collect(tell=lambda line: click.echo(line, err=True), **settings)  # type: ignore[arg-type]
     except ProcessError as error:
         raise click.ClickException(str(error)) from error
-    if rows_file is not None:
-        save_rows(rows, rows_file)
-        return
-    from benchlib.show import print_rows
-
-    print_rows(rows)
+    save_or_print(rows, rows_file)
 
 
 if __name__ == "__main__":

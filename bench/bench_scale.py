@@ -25,7 +25,7 @@ from benchlib.machine import free_nbytes
 from benchlib.page_cache import CacheState, evict
 from benchlib.processes import ProcessError, clean_environment
 from benchlib.rounds import Task, run_rounds, usage_metrics
-from benchlib.rows import Row, Spread, save_rows
+from benchlib.rows import Row, Spread, save_or_print
 from benchlib.shapes import REAL_LLAMAS, TensorGrid, llama_of_width, num_parameters, write_sparse_model
 
 from metagpt_fast.dtypes import BF16
@@ -253,12 +253,7 @@ def main(folder: Path | None, disk: str, sweeps: tuple[str, ...], num_rounds: in
         )
     except (ProcessError, MetagptFastError) as error:
         raise click.ClickException(str(error)) from error
-    if rows_file is not None:
-        save_rows(rows, rows_file)
-        return
-    from benchlib.show import print_rows
-
-    print_rows(rows)
+    save_or_print(rows, rows_file)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 from benchlib.processes import ProcessError, clean_environment, run_measured
-from benchlib.rows import Row, Spread, save_rows
+from benchlib.rows import Row, Spread, save_or_print
 
 _RUNS = 15
 _HEAVY = ("torch", "numpy", "rich", "transformers")
@@ -105,12 +105,7 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 def main(num_runs: int, rows_file: Path | None) -> None:
     """Measure imports and the command's answers."""
     rows = collect(num_runs=num_runs)
-    if rows_file is not None:
-        save_rows(rows, rows_file)
-        return
-    from benchlib.show import print_rows
-
-    print_rows(rows)
+    save_or_print(rows, rows_file)
 
 
 if __name__ == "__main__":

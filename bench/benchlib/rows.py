@@ -162,6 +162,16 @@ def save_rows(rows: Iterable[Row], path: Path) -> None:
     path.write_text(json.dumps([row.to_dict() for row in rows], ensure_ascii=False), encoding="utf-8")
 
 
+def save_or_print(rows: Sequence[Row], path: Path | None) -> None:
+    """End a benchmark: write its rows for ``run.py``, or print them for people."""
+    if path is not None:
+        save_rows(rows, path)
+        return
+    from .show import print_rows  # imports rich, and this module
+
+    print_rows(rows)
+
+
 def load_rows(path: Path) -> list[Row]:
     """Read what ``save_rows`` wrote."""
     return [Row.from_dict(values) for values in json.loads(path.read_text(encoding="utf-8"))]
