@@ -18,7 +18,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from .dtypes import DTYPES
 from .errors import CheckpointError
@@ -30,7 +29,7 @@ from .safetensors_file import (
     TensorSource,
     check_tensor_name,
 )
-from .untrusted import brief, open_regular, printable, read_at
+from .untrusted import brief, open_regular, printable, read_at, refuse
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -69,7 +68,7 @@ def read_pickle_header(path: Path) -> ShardHeader:
     with open_regular(path) as (fd, info):
         if read_at(fd, len(_ZIP_MAGIC), 0) != _ZIP_MAGIC:
             what = "is not a file that torch.save wrote since PyTorch 1.6"
-            _refuse(path, what, expected="a zip archive", hint=CONVERT_PICKLE)
+            refuse(path, what, expected="a zip archive", hint=CONVERT_PICKLE)
         archive = _read_archive(path, fd, info.st_size)
     _look_through(path, archive.pickle)
     tensors = _sources(path, archive.records)
@@ -90,36 +89,36 @@ def _read_archive(path: Path, fd: int, file_nbytes: int) -> _Archive:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, OverflowError) as error:
-        _refuse(path, "is a broken archive", got=printable(error)[:300], hint="download it again")
+        refuse(path, "is a broken archive", got=printable(error)[:300], hint="download it again")
     # torch looks for names without regard to case.
     if len({entry.filename.lower() for entry in entries}) != len(entries):
-        _refuse(path, "archive has two records of one name", hint="do not trust this checkpoint")
+        refuse(path, "archive has two records of one name", hint="do not trust this checkpoint")
     records = {}
     small: dict[str, bytes] = {}
     for entry in entries:
         name = brief(entry.filename)
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            _refuse(path, f"record {name} is compressed", expected="records as torch.save writes them")
+            refuse(path, f"record {name} is compressed", expected="records as torch.save writes them")
         header = read_at(fd, _LOCAL_HEADER.size, entry.header_offset) if entry.header_offset < file_nbytes else b""
         if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_MAGIC):
-            _refuse(path, f"record {name} is not where the archive says", hint="download it again")
+            refuse(path, f"record {name} is not where the archive says", hint="download it again")
         _, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
         begin = entry.header_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
         if begin + entry.file_size > file_nbytes:
-            _refuse(path, f"record {name} ends behind the file", hint="download it again")
+            refuse(path, f"record {name} ends behind the file", hint="download it again")
         records[begin] = entry.file_size
         kind = entry.filename.lower().rpartition("/")[2]
         if kind in {"data.pkl", "byteorder"}:
             if kind in small:
-                _refuse(path, f"archive has two records {kind}", hint="do not trust this checkpoint")
+                refuse(path, f"archive has two records {kind}", hint="do not trust this checkpoint")
             if entry.file_size > MAX_HEADER_NBYTES:
                 expected = f"at most {MAX_HEADER_NBYTES}"
-                _refuse(path, "pickle is too large", got=f"{entry.file_size} bytes", expected=expected)
+                refuse(path, "pickle is too large", got=f"{entry.file_size} bytes", expected=expected)
             small[kind] = read_at(fd, entry.file_size, begin)
     if "data.pkl" not in small:
-        _refuse(path, "archive has no pickle", expected="data.pkl, as torch.save writes it", hint=CONVERT_PICKLE)
+        refuse(path, "archive has no pickle", expected="data.pkl, as torch.save writes it", hint=CONVERT_PICKLE)
     if small.get("byteorder", b"little") != b"little":
-        _refuse(path, "is of a machine with another byte order", got=brief(small["byteorder"]), hint=CONVERT_PICKLE)
+        refuse(path, "is of a machine with another byte order", got=brief(small["byteorder"]), hint=CONVERT_PICKLE)
     return _Archive(small["data.pkl"], records)
 
 
@@ -135,18 +134,18 @@ def _look_through(path: Path, content: bytes) -> None:
             if name == "GLOBAL" and not _ALLOWED.fullmatch(str(argument)):
                 got = printable(argument)[:200]
                 what = "names something that is no tensor, which loading it would make"
-                _refuse(path, what, got=got, expected="the state dict of a model", hint=CONVERT_PICKLE)
+                refuse(path, what, got=got, expected="the state dict of a model", hint=CONVERT_PICKLE)
             if name in {"STACK_GLOBAL", "INST", "OBJ", "DUP"} or count > _MAX_OPCODES:
                 got = name if count <= _MAX_OPCODES else f"more than {_MAX_OPCODES} operations"
-                _refuse(path, "pickle is not as torch.save writes it", got=got, hint=CONVERT_PICKLE)
+                refuse(path, "pickle is not as torch.save writes it", got=got, hint=CONVERT_PICKLE)
             if name in {"BINPUT", "LONG_BINPUT", "PUT"} and previous in {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}:
                 tuples.add(argument)
             num_again += name in {"BINGET", "LONG_BINGET", "GET"} and argument in tuples
             if num_again > _MAX_TUPLES_AGAIN:
-                _refuse(path, "pickle is not as torch.save writes it", got="tuples of tuples", hint=CONVERT_PICKLE)
+                refuse(path, "pickle is not as torch.save writes it", got="tuples of tuples", hint=CONVERT_PICKLE)
             previous = name
     except (ValueError, IndexError, OverflowError, MemoryError) as error:
-        _refuse(path, "pickle is broken", got=printable(error)[:300], hint="download it again")
+        refuse(path, "pickle is broken", got=printable(error)[:300], hint="download it again")
 
 
 def _sources(path: Path, records: Mapping[int, int]) -> list[TensorSource]:
@@ -167,7 +166,7 @@ def _sources(path: Path, records: Mapping[int, int]) -> list[TensorSource]:
     if isinstance(loaded, dict) and isinstance(inner := dict.get(loaded, "state_dict"), dict):
         loaded = inner
     if not isinstance(loaded, dict):
-        _refuse(path, "does not hold a state dict", got=type(loaded).__name__, expected="tensors by name")
+        refuse(path, "does not hold a state dict", got=type(loaded).__name__, expected="tensors by name")
     mappings = [
         (int(found[1], 16), int(found[2], 16), int(found[3], 16))
         for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -176,20 +175,22 @@ def _sources(path: Path, records: Mapping[int, int]) -> list[TensorSource]:
     sources = []
     for name, value in dict.items(loaded):
         if not isinstance(name, str) or name == "__metadata__":
-            _refuse(path, "has a name that no tensor can have", got=brief(name), expected="tensors by name")
+            refuse(path, "has a name that no tensor can have", got=brief(name), expected="tensors by name")
         check_tensor_name(name, path)
         if type(value) not in {torch.Tensor, torch.nn.Parameter} or value.layout != torch.strided:
-            _refuse(path, "is not a plain tensor", name, got=type(value).__name__, hint=CONVERT_PICKLE)
+            refuse(path, "is not a plain tensor", name, got=type(value).__name__, hint=CONVERT_PICKLE)
         if value.is_quantized or value.device.type != "cpu":
-            _refuse(path, "is not a plain tensor", name, got=f"{value.dtype} on {value.device}", hint=CONVERT_PICKLE)
-        if torch.Tensor.is_neg(value) or torch.Tensor.is_conj(value) or not torch.Tensor.is_contiguous(value):
+            refuse(path, "is not a plain tensor", name, got=f"{value.dtype} on {value.device}", hint=CONVERT_PICKLE)
+        got = None
+        if torch.Tensor.is_neg(value) or torch.Tensor.is_conj(value):
+            got = "a negative or conjugate view"
+        elif not torch.Tensor.is_contiguous(value):
             got = f"strides {tuple(torch.Tensor.stride(value))} for {tuple(value.shape)}"
-            if torch.Tensor.is_neg(value) or torch.Tensor.is_conj(value):
-                got = "a negative or conjugate view"
-            _refuse(path, "elements are not as they lie in the file", name, got=got, hint=CONVERT_PICKLE)
+        if got is not None:
+            refuse(path, "elements are not as they lie in the file", name, got=got, hint=CONVERT_PICKLE)
         dtype = _BY_TORCH_NAME.get(str(value.dtype).removeprefix("torch."))
         if dtype is None:
-            _refuse(path, "unknown dtype", name, got=str(value.dtype), expected="one of " + ", ".join(DTYPES))
+            refuse(path, "unknown dtype", name, got=str(value.dtype), expected="one of " + ", ".join(DTYPES))
         storage = torch.Tensor.untyped_storage(value)
         place = int(torch.Tensor.storage_offset(value)) * dtype.itemsize, math.prod(value.shape) * dtype.itemsize
         begin = _place(path, name, storage.data_ptr(), place, mappings, records)
@@ -212,10 +213,5 @@ def _place(
     storage_begin = next((address - begin + offset for begin, end, offset in mappings if begin <= address < end), -1)
     if first < 0 or first + nbytes > records.get(storage_begin, -1):
         got = f"bytes {first} to {first + nbytes} of the record at {storage_begin}"
-        _refuse(path, "lies outside its record", name, got=got, hint="do not trust this checkpoint")
+        refuse(path, "lies outside its record", name, got=got, hint="do not trust this checkpoint")
     return storage_begin + first
-
-
-def _refuse(path: Path, what: str, tensor: str | None = None, **parts: str) -> NoReturn:
-    where = str(path) if tensor is None else f"{path}, tensor {brief(tensor)}"
-    raise CheckpointError(what, where=where, **parts)

@@ -15,11 +15,10 @@ import math
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .dtypes import DTYPES, DType
-from .errors import CheckpointError
-from .untrusted import DOWNLOAD_AGAIN, brief, open_regular, parse_json_object, read_at
+from .untrusted import DOWNLOAD_AGAIN, brief, open_regular, parse_json_object, read_at, refuse
 
 MAX_HEADER_NBYTES = 100_000_000  # the limit of the reference implementation
 CONVERT_PICKLE = (
@@ -108,9 +107,9 @@ def read_header(path: Path) -> ShardHeader:
         header_nbytes = _header_nbytes(head, info.st_size, path)
         raw = read_at(fd, header_nbytes, _LENGTH_NBYTES)
     if len(raw) != header_nbytes:
-        _refuse(path, "shrank while it was read", got=f"{len(raw)} bytes of header", expected=str(header_nbytes))
+        refuse(path, "shrank while it was read", got=f"{len(raw)} bytes of header", expected=str(header_nbytes))
     if not raw.startswith(b"{"):
-        _refuse(path, "header is not a JSON object", got=brief(raw[:20]), expected="a first byte '{'")
+        refuse(path, "header is not a JSON object", got=brief(raw[:20]), expected="a first byte '{'")
 
     entries = parse_json_object(raw, path, "header")
     metadata = _checked_metadata(entries.pop("__metadata__", {}), path)
@@ -127,36 +126,31 @@ def read_header(path: Path) -> ShardHeader:
 def check_tensor_name(name: str, path: Path) -> None:
     """Refuse names that cannot be written as UTF-8, or that would control a terminal when printed."""
     if not name.isprintable() and any(unicodedata.category(char) in {"Cc", "Cs"} for char in name):
-        _refuse(path, "tensor name holds a control character or a lone surrogate", name)
-
-
-def _refuse(path: Path, what: str, tensor: str | None = None, **parts: str) -> NoReturn:
-    where = str(path) if tensor is None else f"{path}, tensor {brief(tensor)}"
-    raise CheckpointError(what, where=where, **parts)
+        refuse(path, "tensor name holds a control character or a lone surrogate", name)
 
 
 def _header_nbytes(head: bytes, file_nbytes: int, path: Path) -> int:
     if file_nbytes == 0:
-        _refuse(path, "file is empty", got="0 bytes", expected="a safetensors file", hint=DOWNLOAD_AGAIN)
+        refuse(path, "file is empty", got="0 bytes", expected="a safetensors file", hint=DOWNLOAD_AGAIN)
     if len(head) < _LENGTH_NBYTES:
-        _refuse(path, "file is too small for safetensors", got=f"{file_nbytes} bytes", hint=DOWNLOAD_AGAIN)
+        refuse(path, "file is too small for safetensors", got=f"{file_nbytes} bytes", hint=DOWNLOAD_AGAIN)
     header_nbytes = int.from_bytes(head[:_LENGTH_NBYTES], "little")
     room = file_nbytes - _LENGTH_NBYTES
     if header_nbytes <= min(room, MAX_HEADER_NBYTES):
         return header_nbytes
     for magic, kind, hint in _FOREIGN:
         if header_nbytes > MAX_HEADER_NBYTES and head.startswith(magic):
-            _refuse(path, "is not a safetensors file", got=kind, expected="a safetensors file", hint=hint)
+            refuse(path, "is not a safetensors file", got=kind, expected="a safetensors file", hint=hint)
     if header_nbytes > MAX_HEADER_NBYTES:
         expected = f"at most {MAX_HEADER_NBYTES}"
-        _refuse(
+        refuse(
             path,
             "header length is beyond the format's limit",
             got=f"{header_nbytes} bytes",
             expected=expected,
             hint="this is no safetensors file, or a damaged one",
         )
-    _refuse(
+    refuse(
         path,
         "truncated: the header is longer than the file",
         got=f"{room} bytes after the header length",
@@ -167,12 +161,12 @@ def _header_nbytes(head: bytes, file_nbytes: int, path: Path) -> int:
 
 def _checked_metadata(value: object, path: Path) -> dict[str, str]:
     if not isinstance(value, dict):
-        _refuse(path, "__metadata__ is not an object", got=brief(value), expected="strings by name")
+        refuse(path, "__metadata__ is not an object", got=brief(value), expected="strings by name")
     for key, text in value.items():
         if not isinstance(text, str):
-            _refuse(path, f"__metadata__ entry {brief(key)} is not a string", got=brief(text))
+            refuse(path, f"__metadata__ entry {brief(key)} is not a string", got=brief(text))
         if not (_is_unicode(key) and _is_unicode(text)):
-            _refuse(path, f"__metadata__ entry {brief(key)} holds a lone surrogate", got=brief(text))
+            refuse(path, f"__metadata__ entry {brief(key)} holds a lone surrogate", got=brief(text))
     return value
 
 
@@ -188,7 +182,7 @@ def _checked_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, st
     """Validate one tensor by itself. Returns (begin, end, name, dtype name, shape), which sorts by offset."""
     check_tensor_name(name, path)
     if type(entry) is not dict or entry.keys() != _ENTRY_KEYS:
-        _refuse(
+        refuse(
             path,
             "header entry is malformed",
             name,
@@ -198,25 +192,25 @@ def _checked_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, st
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(dtype_name) if type(dtype_name) is str else None
     if dtype is None:
-        _refuse(path, "unknown dtype", name, got=brief(dtype_name), expected="one of " + ", ".join(DTYPES))
+        refuse(path, "unknown dtype", name, got=brief(dtype_name), expected="one of " + ", ".join(DTYPES))
     if type(shape) is not list:
-        _refuse(path, "shape is not a list", name, got=brief(shape), expected="a list of counts")
+        refuse(path, "shape is not a list", name, got=brief(shape), expected="a list of counts")
     numel = 1
     for size in shape:
         # Every partial product is checked: one that overflows is refused even where a later 0 would hide it.
         if type(size) is not int or not 0 <= size <= _MAX_COUNT:
-            _refuse(path, "shape is not valid", name, got=brief(shape), expected="counts from 0 to 2^63 - 1")
+            refuse(path, "shape is not valid", name, got=brief(shape), expected="counts from 0 to 2^63 - 1")
         numel *= size
         if numel > _MAX_COUNT:
-            _refuse(path, "shape overflows", name, got=brief(shape), expected="at most 2^63 - 1 elements")
+            refuse(path, "shape overflows", name, got=brief(shape), expected="at most 2^63 - 1 elements")
     if type(offsets) is not list or len(offsets) != 2 or type(offsets[0]) is not int or type(offsets[1]) is not int:
-        _refuse(path, "data_offsets is malformed", name, got=brief(offsets), expected="[begin, end]")
+        refuse(path, "data_offsets is malformed", name, got=brief(offsets), expected="[begin, end]")
     begin, end = offsets
     if not 0 <= begin <= end:
-        _refuse(path, "data_offsets is not a range", name, got=brief(offsets), expected="0 <= begin <= end")
+        refuse(path, "data_offsets is not a range", name, got=brief(offsets), expected="0 <= begin <= end")
     nbytes = dtype.nbytes(numel)
     if nbytes is None:
-        _refuse(
+        refuse(
             path,
             "does not fill whole bytes",
             name,
@@ -224,7 +218,7 @@ def _checked_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, st
             expected="a multiple of 8 bits",
         )
     if nbytes != end - begin:
-        _refuse(
+        refuse(
             path,
             "dtype and shape disagree with data_offsets",
             name,
@@ -244,7 +238,7 @@ def _check_tiling(
         if begin != position:
             what = "bytes overlap those before them" if begin < position else "a hole in the data precedes it"
             after = "the header" if previous is None else brief(previous)
-            _refuse(
+            refuse(
                 path,
                 what,
                 name,
@@ -254,7 +248,7 @@ def _check_tiling(
         position, previous = end, name
     promised = data_start + position
     if promised > file_nbytes:
-        _refuse(
+        refuse(
             path,
             "truncated",
             got=f"a file of {file_nbytes} bytes",
@@ -262,7 +256,7 @@ def _check_tiling(
             hint=DOWNLOAD_AGAIN,
         )
     if promised < file_nbytes:
-        _refuse(
+        refuse(
             path,
             "bytes follow the last tensor",
             got=f"a file of {file_nbytes} bytes",

@@ -106,6 +106,12 @@ def parse_json_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def refuse(path: Path, what: str, tensor: str | None = None, **parts: str) -> NoReturn:
+    """Raise the CheckpointError of a file, or of one of its tensors."""
+    where = str(path) if tensor is None else f"{path}, tensor {brief(tensor)}"
+    raise CheckpointError(what, where=where, **parts)
+
+
 def brief(value: object) -> str:
     """Return ``repr(value)`` cut short, for use in a message: escaped, and of bounded length."""
     return _repr.repr(value)

@@ -20,8 +20,9 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+import pytest
 
-from metagpt_fast import _native
+from metagpt_fast import _native, devices
 from metagpt_fast.backends.launch_tables import Launch, table_nbytes
 from metagpt_fast.backends.sparse_tables import SectionedLaunch
 
@@ -368,3 +369,16 @@ def _merge(clock: dict[int, int], other: dict[int, int]) -> None:
 
 def _overlap(a: Range, b: Range) -> bool:
     return a[0] < b[0] + b[1] and b[0] < a[0] + a[1] and a[1] > 0 and b[1] > 0
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[FakeDevice]:
+    """Open a fake device in the place of every GPU; returns the list of those that were opened."""
+    opened: list[FakeDevice] = []
+
+    def open_device(index: int) -> FakeDevice:
+        opened.append(FakeDevice(17 + index))
+        return opened[-1]
+
+    monkeypatch.setattr(devices, "_open_device", open_device)
+    return opened

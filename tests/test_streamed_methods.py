@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 
 import metagpt_fast as mf
-from metagpt_fast import devices, recipe
+from metagpt_fast import recipe
 from metagpt_fast.backends import streamed_threshold, streaming
 from metagpt_fast.dtypes import BF16, F16, F32, F64
 from metagpt_fast.errors import BackendError, DataError
 from metagpt_fast.methods import METHODS, SparseMethod
 
 from .checkpoints import random_states, tensor_bytes, write_family
-from .fake_device import FakeDevice
+from .fake_device import fake
 from .test_every_method import NUM_MODELS, SETTINGS, case_id
 from .tools import cxx_compiler
+
+__all__ = ["fake"]  # a fixture
 
 pytestmark = pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler")
 
@@ -59,19 +61,6 @@ def small_slices(monkeypatch):
 def family(tmp_path_factory):
     states = random_states(31, DTYPES, SHAPES)
     return write_family(tmp_path_factory.mktemp("family"), states, num_shards=2, misalignment=3)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Open a fake device in the place of every GPU; returns the list of those that were opened."""
-    opened = []
-
-    def open_device(index):
-        opened.append(FakeDevice(17 + index))
-        return opened[-1]
-
-    monkeypatch.setattr(devices, "_open_device", open_device)
-    return opened
 
 
 @pytest.mark.parametrize(("method", "parameters", "settings"), CASES, ids=case_id)

@@ -22,9 +22,11 @@ from metagpt_fast.errors import BackendError, DataError
 from .arrays import IN_MEMORY, Buffer, make_layer
 from .checkpoints import integers, random_states, tensor_bytes, write_family
 from .cuda_emulation import EmulatedCompute
-from .fake_device import FakeDevice, RaceError
+from .fake_device import FakeDevice, RaceError, fake
 from .kernel_calls import FileBuffer, dtype_code, layer_table_of
 from .tools import cxx_compiler
+
+__all__ = ["fake"]  # a fixture
 
 SPAN = 262144
 # Tensors of several spans and tiny ones; in slices of one span that makes more slices than there are slots.
@@ -254,19 +256,6 @@ def family(tmp_path_factory):
     for state in states:
         state["ids"] = integers([1, 2, 3])
     return write_family(tmp_path_factory.mktemp("family"), states, num_shards=2, misalignment=5)
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Open a fake device in the place of every GPU; returns the list of those that were opened."""
-    opened = []
-
-    def open_device(index):
-        opened.append(FakeDevice(17 + index))
-        return opened[-1]
-
-    monkeypatch.setattr(devices, "_open_device", open_device)
-    return opened
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The table and the launch of a slice, for kernels that take sections of columns behind the layer's table."""
+"""The table and the launch of a slice, with sections of columns behind the table for the kernels that take them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def prepare(
     part: Slice,
     slot: int,
     output: int,
-    sections: Sequence[NDArray[np.uint8]],
+    sections: Sequence[NDArray[np.uint8]] = (),
     *,
+    coefficients: NDArray[np.float64] | None = None,
     merges: bool = False,
     key_kind: int = 0,
     rows: NDArray[np.int64] | None = None,
@@ -36,6 +37,7 @@ def prepare(
 ) -> tuple[NDArray[np.uint8], SectionedLaunch]:
     """Return a slice's table with its sections, and its launch, for slots at these addresses.
 
+    ``coefficients``: of the layer's tensors, float64 ``[K, T]``, where the kernel takes them from the table.
     ``merges``: whether arithmetic is in fp64 where the output is F64, and not only where an operand is.
     ``rows``: where in the results a piece's are, int64 ``[P]``; default by its tensor's number in the layer. See
     :class:`~metagpt_fast.backends.sparse_tables.SectionedLaunch` for the others.
@@ -50,7 +52,7 @@ def prepare(
         rows=tensors if rows is None else rows,
         out_addresses=np.zeros(num_pieces, np.uint64) if out is None else (output + part.out_offsets).astype(np.uint64),
         out_dtypes=np.zeros(num_pieces, np.uint8) if out is None else out.dtypes[tensors],
-        coefficients=np.zeros((num_pieces, num_models)),
+        coefficients=np.zeros((num_pieces, num_models)) if coefficients is None else coefficients[tensors],
     )
     packed, num_blocks, num_spans, kinds = pack(table, merges=merges)
     together, starts = join(packed, sections)

@@ -11,8 +11,8 @@ from .. import _native
 from ..errors import BackendError
 from .cpu import CpuBackend
 from .device_results import DeviceResults
-from .launch_tables import DeviceTable, Launch, pack
-from .slices import Slice, SliceChecksums, cut_into_slices, reads_of, writes_of
+from .slice_launches import prepare
+from .slices import SliceChecksums, cut_into_slices, reads_of, writes_of
 from .streamed_columns import ColumnStream
 from .streamed_sparse import SparseStream
 from .streaming import Job, Pipeline
@@ -63,7 +63,7 @@ class StreamedBackend:
         slices = list(cut_into_slices(layer, None, self._pipeline.limits(2 * 8 * num_pairs)))
         address = self._results.load(gram)
         job = Job(
-            lambda part, slot, _: _prepare(layer, None, None, part, slot, 0),
+            lambda part, slot, _: prepare(layer, None, part, slot, 0),
             lambda part: reads_of(part, layer),
             lambda part: [],
             lambda stream, launch: self._device.layer_gram(stream, launch, self._pipeline.scratch, address),
@@ -78,7 +78,7 @@ class StreamedBackend:
         address = self._results.load(num_nonfinite)
         checksums = SliceChecksums(out)
         job = Job(
-            lambda part, slot, output: _prepare(layer, coefficients, out, part, slot, output),
+            lambda part, slot, output: prepare(layer, out, part, slot, output, coefficients=coefficients, merges=True),
             lambda part: reads_of(part, layer),
             lambda part: writes_of(part, out),
             lambda stream, launch: self._device.layer_merge(stream, launch, address),
@@ -141,42 +141,6 @@ class StreamedBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         _check_key_kind(masks.key_kind)
         return self._sparse.elect(layer, masks, election, out)
-
-
-def _prepare(
-    layer: LayerTable,
-    coefficients: NDArray[np.float64] | None,
-    out: OutputTable | None,
-    part: Slice,
-    slot: int,
-    output: int,
-) -> tuple[NDArray[np.uint8], Launch]:
-    """Return a slice's table and its launch, for slots at these addresses."""
-    tensors, num_pieces = part.tensors, len(part.tensors)
-    num_models = layer.num_operands - layer.has_base
-    table = DeviceTable(
-        addresses=(slot + part.offsets).astype(np.uint64),
-        dtypes=layer.dtypes[tensors],
-        numels=part.numels,
-        has_base=layer.has_base,
-        rows=tensors,
-        out_addresses=np.zeros(num_pieces, np.uint64) if out is None else (output + part.out_offsets).astype(np.uint64),
-        out_dtypes=np.zeros(num_pieces, np.uint8) if out is None else out.dtypes[tensors],
-        coefficients=np.zeros((num_pieces, num_models)) if coefficients is None else coefficients[tensors],
-    )
-    packed, num_blocks, num_spans, kinds = pack(table, merges=out is not None)
-    launch = Launch(
-        table_address=slot,
-        num_tensors=num_pieces,
-        num_operands=layer.num_operands,
-        has_base=layer.has_base,
-        num_blocks=num_blocks,
-        num_spans=num_spans,
-        kinds=kinds,
-        reads=(slot, part.nbytes),
-        writes=(output, part.out_nbytes),
-    )
-    return packed, launch
 
 
 def _refuse(kernel: str) -> NoReturn:
