@@ -15,6 +15,7 @@ namespace {
 //
 #include "vector_loops-inl.h"
 //
+#include "dot_products-inl.h"
 #include "exp_log-inl.h"
 #include "layer_gram-inl.h"
 #include "layer_merge-inl.h"

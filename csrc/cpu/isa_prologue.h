@@ -10,6 +10,8 @@
 #include "kernel_table.h"
 
 #define MF_INLINE [[gnu::always_inline]] static inline
+// Before a loop of few iterations over registers: GCC keeps arrays of them on the stack unless it unrolls early.
+#define MF_UNROLL _Pragma("GCC unroll 4")
 #define MF_NOINLINE [[gnu::noinline]] static
 
 namespace metagpt_fast::cpu {

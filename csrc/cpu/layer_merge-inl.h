@@ -83,9 +83,11 @@ MF_INLINE std::size_t merge_chunk(const Operand* operands, std::size_t num_opera
   return store_chunk<Vec>(sums, n, out + first * itemsize(out_dtype), out_dtype);
 }
 
+// Elements [first, numel).
 template <class Vec>
-std::size_t merge_general(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t numel,
-                          const double* coefficients, const Workspace& workspace, std::byte* out, DType out_dtype) {
+std::size_t merge_general(const Operand* operands, std::size_t num_operands, bool has_base, std::size_t first,
+                          std::size_t numel, const double* coefficients, const Workspace& workspace, std::byte* out,
+                          DType out_dtype) {
   using Scalar = typename Vec::Scalar;
   auto* base = reinterpret_cast<Scalar*>(workspace.values);
   const auto coefficients_of = [=](std::size_t t) {
@@ -93,17 +95,21 @@ std::size_t merge_general(const Operand* operands, std::size_t num_operands, boo
     return [=](std::size_t) { return c; };
   };
   std::size_t num_nonfinite = 0;
-  for (std::size_t first = 0; first < numel; first += kChunkNumel) {
+  for (; first < numel; first += kChunkNumel) {
     num_nonfinite += merge_chunk<Vec>(operands, num_operands, has_base, first, min_size(kChunkNumel, numel - first),
                                       coefficients_of, base, out, out_dtype);
   }
   return num_nonfinite;
 }
 
+// The number of models is known at run time only.
+constexpr int kManyModels = 0;
+
 // The same for operands of one dtype, straight from memory to memory, with the sum in a register. Same order, same
 // bits. `n` is a multiple of Vec::kLanes. Returns the number of NaN and Inf written.
 template <class Vec, DType kDType, DType kOutDType, bool kHasBase, int kModels>
-MF_NOINLINE std::size_t merge_direct(const Operand* operands, std::size_t n, const float* c, std::byte* out) {
+MF_NOINLINE std::size_t merge_direct(const Operand* operands, std::size_t num_models, std::size_t n, const float* c,
+                                     std::byte* out) {
   using Reg = typename Vec::Reg;
   const Operand* models = operands + kHasBase;
   const std::byte* const base = operands[0].data;
@@ -129,21 +135,26 @@ MF_NOINLINE std::size_t merge_direct(const Operand* operands, std::size_t n, con
     if constexpr (kModels > 1) sum = Vec::fma(c1, delta(model1), sum);
     if constexpr (kModels > 2) sum = Vec::fma(c2, delta(model2), sum);
     if constexpr (kModels > 3) sum = Vec::fma(c3, delta(model3), sum);
+    for (std::size_t t = 1; kModels == kManyModels && t < num_models; ++t) {
+      sum = Vec::fma(Vec::broadcast(c[t]), delta(models[t].data), sum);
+    }
     num_nonfinite += Vec::count_not_below(sum, limit);
     Vec::template store_as<kOutDType>(out + e * kItemsize<kOutDType>, sum);
   }
   return num_nonfinite;
 }
 
-constexpr std::size_t kMaxDirectModels = 4;
-using DirectMerge = std::size_t (*)(const Operand*, std::size_t, const float*, std::byte*);
+// Up to so many models have registers of their own.
+constexpr std::size_t kMaxFewModels = 4;
+using DirectMerge = std::size_t (*)(const Operand*, std::size_t, std::size_t, const float*, std::byte*);
 
 template <DType kDType, DType kOutDType, bool kHasBase>
 DirectMerge direct_merge(std::size_t num_models) {
-  static constexpr DirectMerge kByModels[kMaxDirectModels] = {
-      merge_direct<VecF, kDType, kOutDType, kHasBase, 1>, merge_direct<VecF, kDType, kOutDType, kHasBase, 2>,
-      merge_direct<VecF, kDType, kOutDType, kHasBase, 3>, merge_direct<VecF, kDType, kOutDType, kHasBase, 4>};
-  return kByModels[num_models - 1];
+  static constexpr DirectMerge kByModels[1 + kMaxFewModels] = {
+      merge_direct<VecF, kDType, kOutDType, kHasBase, kManyModels>, merge_direct<VecF, kDType, kOutDType, kHasBase, 1>,
+      merge_direct<VecF, kDType, kOutDType, kHasBase, 2>, merge_direct<VecF, kDType, kOutDType, kHasBase, 3>,
+      merge_direct<VecF, kDType, kOutDType, kHasBase, 4>};
+  return kByModels[num_models <= kMaxFewModels ? num_models : kManyModels];
 }
 
 template <DType kDType, DType kOutDType>
@@ -157,7 +168,7 @@ DirectMerge direct_merge(std::size_t num_models, bool has_base) {
 MF_INLINE DirectMerge find_direct_merge(const Operand* operands, std::size_t num_operands, bool has_base,
                                         DType out_dtype) {
   const std::size_t num_models = num_operands - has_base;
-  if (num_models > kMaxDirectModels || !same_dtypes(operands, num_operands)) return nullptr;
+  if (!same_dtypes(operands, num_operands)) return nullptr;
   const DType dtype = operands[0].dtype;
   if (dtype == DType::kF32 && out_dtype == DType::kF32) {
     return direct_merge<DType::kF32, DType::kF32>(num_models, has_base);
@@ -183,17 +194,13 @@ std::size_t merge_span(const Operand* operands, std::size_t num_operands, bool h
   if (direct == nullptr) {
     const bool in_fp64 = out_dtype == DType::kF64 || any_f64(operands, num_operands);
     const auto merge = in_fp64 ? merge_general<VecD> : merge_general<VecF>;
-    return merge(operands, num_operands, has_base, numel, coefficients, workspace, out, out_dtype);
+    return merge(operands, num_operands, has_base, 0, numel, coefficients, workspace, out, out_dtype);
   }
-  float c[kMaxDirectModels];
-  for (std::size_t t = 0; t < num_operands - has_base; ++t) c[t] = static_cast<float>(coefficients[t]);
+  const std::size_t num_models = num_operands - has_base;
+  auto* c = reinterpret_cast<float*>(workspace.values);
+  for (std::size_t t = 0; t < num_models; ++t) c[t] = static_cast<float>(coefficients[t]);
   const std::size_t n = numel / VecF::kLanes * VecF::kLanes;
-  const std::size_t num_nonfinite = direct(operands, n, c, out);
-  if (n == numel) return num_nonfinite;
-  Operand rest[kMaxDirectModels + 1];
-  for (std::size_t i = 0; i < num_operands; ++i) {
-    rest[i] = {operands[i].data + n * itemsize(operands[i].dtype), operands[i].dtype};
-  }
-  return num_nonfinite + merge_general<VecF>(rest, num_operands, has_base, numel - n, coefficients, workspace,
-                                             out + n * itemsize(out_dtype), out_dtype);
+  const std::size_t num_nonfinite = direct(operands, num_models, n, c, out);
+  return num_nonfinite +
+         merge_general<VecF>(operands, num_operands, has_base, n, numel, coefficients, workspace, out, out_dtype);
 }

@@ -4,6 +4,7 @@ struct VecF {
   using Scalar = float;
   using Reg = __m256;
   static constexpr std::size_t kLanes = 8;
+  static constexpr int kNumRegs = 16;
 
   MF_INLINE Reg zero() { return _mm256_setzero_ps(); }
   MF_INLINE Reg broadcast(float x) { return _mm256_set1_ps(x); }
@@ -95,6 +96,7 @@ struct VecD {
   using Scalar = double;
   using Reg = __m256d;
   static constexpr std::size_t kLanes = 4;
+  static constexpr int kNumRegs = 16;
 
   MF_INLINE Reg zero() { return _mm256_setzero_pd(); }
   MF_INLINE Reg broadcast(double x) { return _mm256_set1_pd(x); }

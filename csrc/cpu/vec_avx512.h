@@ -5,6 +5,7 @@ struct VecF {
   using Scalar = float;
   using Reg = __m512;
   static constexpr std::size_t kLanes = 16;
+  static constexpr int kNumRegs = 32;
 
   MF_INLINE Reg zero() { return _mm512_setzero_ps(); }
   MF_INLINE Reg broadcast(float x) { return _mm512_set1_ps(x); }
@@ -91,6 +92,7 @@ struct VecD {
   using Scalar = double;
   using Reg = __m512d;
   static constexpr std::size_t kLanes = 8;
+  static constexpr int kNumRegs = 32;
 
   MF_INLINE Reg zero() { return _mm512_setzero_pd(); }
   MF_INLINE Reg broadcast(double x) { return _mm512_set1_pd(x); }

@@ -4,6 +4,7 @@ struct VecF {
   using Scalar = float;
   using Reg = float32x4_t;
   static constexpr std::size_t kLanes = 4;
+  static constexpr int kNumRegs = 32;
 
   MF_INLINE Reg zero() { return vdupq_n_f32(0); }
   MF_INLINE Reg broadcast(float x) { return vdupq_n_f32(x); }
@@ -80,6 +81,7 @@ struct VecD {
   using Scalar = double;
   using Reg = float64x2_t;
   static constexpr std::size_t kLanes = 2;
+  static constexpr int kNumRegs = 32;
 
   MF_INLINE Reg zero() { return vdupq_n_f64(0); }
   MF_INLINE Reg broadcast(double x) { return vdupq_n_f64(x); }

@@ -5,6 +5,7 @@ struct VecScalar {
   using Scalar = T;
   using Reg = T;
   static constexpr std::size_t kLanes = 1;
+  static constexpr int kNumRegs = 16;
 
   MF_INLINE Reg zero() { return T(0); }
   MF_INLINE Reg broadcast(T x) { return x; }
