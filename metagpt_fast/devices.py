@@ -74,7 +74,7 @@ def open_backend(device: str, backend: str, methods: Sequence[Method], device_me
         reason = "asked for" if device == "cpu" else _reason_for_the_cpu(methods)
         yield Choice(make_backend(backend), "cpu", reason)
         return
-    _check_possible(backend, methods)
+    _check_backend(backend)
     from .backends.streamed import StreamedBackend
 
     opened = _open_device(int(device.partition(":")[2] or 0))
@@ -105,7 +105,7 @@ def _open_device(index: int) -> Device:
     return CudaDevice(index)
 
 
-def _check_possible(backend: str, methods: Sequence[Method]) -> None:
+def _check_backend(backend: str) -> None:
     if backend not in _ON_DEVICE_TOO:
         raise BackendError(
             "the backend computes on the CPU",
@@ -114,30 +114,9 @@ def _check_possible(backend: str, methods: Sequence[Method]) -> None:
             expected="auto",
             hint="leave out one of the two",
         )
-    for method in methods:
-        reason = _reason_against(method)
-        if reason is not None:
-            raise BackendError(
-                f"the method {reason}, which is not there on a GPU yet",
-                where="device",
-                got=f"{method.name} on a GPU",
-                expected="any other method",
-                hint="use --device cpu",
-            )
-
-
-def _reason_against(method: Method) -> str | None:
-    """Return what a method does that is not there on a GPU, None if nothing."""
-    if isinstance(method, SparseMethod) and method.measures_rows:
-        return "measures how far every row is from the base's"
-    return None
 
 
 def _reason_for_the_cpu(methods: Sequence[Method]) -> str:
-    for method in methods:
-        reason = _reason_against(method)
-        if reason is not None:
-            return f"{method.name} {reason}, which is not there on a GPU"
     if any(isinstance(method, SparseMethod) for method in methods):
         return "methods that prune have not been measured on a GPU"
     return "a merge from files is bound by reading them"

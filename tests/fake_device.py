@@ -223,7 +223,9 @@ class FakeDevice:
     def _launch(
         self, stream: FakeStream, name: str, run: Callable[[], object], launch: Launch, writes: list[Range]
     ) -> None:
-        self._give(stream, name, run, [launch.reads], writes)
+        factors = launch.factors if isinstance(launch, SectionedLaunch) else (0, 0)
+        self._inside(self._memory, *factors)
+        self._give(stream, name, run, [launch.reads, factors], writes)
         self.num_launches += 1
 
     def _give(

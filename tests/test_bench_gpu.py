@@ -101,13 +101,14 @@ def test_streaming(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler")
-def test_methods_that_prune(tmp_path, monkeypatch):
+def test_methods_that_prune_and_those_by_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_streaming, "_BATCH_NBYTES", 4 << 20)
     device = TimedFake(1)
     rows, wrong = gpu_sparse.measure_sparse(device, tmp_path, 70 * 4096, 64 << 20, 1)
     assert wrong == []
     assert [row.parameters["action"] for row in rows] == [
-        "threshold", "moments", "elect", "moments by rank", "elect by rank"
+        "threshold", "threshold by importance", "moments", "elect", "moments by rank", "elect by rank",
+        "column gram", "column merge",
     ]  # fmt: skip
     assert rows[0].nbytes == 3 * 4 * 2 * 70 * 4096
     assert all(np.isfinite(row.metrics["speedup_cpu"].median) for row in rows)

@@ -69,12 +69,11 @@ def test_auto_is_the_cpu_and_says_why(family, tmp_path, monkeypatch):
     ("settings", "reason"),
     [
         ({"method": "ties"}, "methods that prune have not been measured on a GPU"),
-        ({"method": "arcee_fusion"}, "arcee_fusion measures how far every row is from the base's, which is not there"),
+        ({"method": "task_arithmetic"}, "a merge from files is bound by reading them"),
     ],
 )
 def test_auto_says_why_for_every_kind_of_method(family, tmp_path, settings, reason):
     base, models = family
-    models = models[:1] if settings["method"] == "arcee_fusion" else models
     report = mf.merge(base, models, tmp_path / "out", **settings)
     assert report.device == "cpu"
     assert report.device_reason.startswith(reason)
@@ -119,10 +118,6 @@ def test_an_installation_without_the_module(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        (
-            {"method": "arcee_fusion"},
-            "measures how far every row is .* got arcee_fusion on a GPU",
-        ),
         ({"backend": "reference"}, "'reference' with --device cuda"),
         ({"backend": "cpu"}, "'cpu' with --device cuda"),
     ],
@@ -130,7 +125,6 @@ def test_an_installation_without_the_module(monkeypatch):
 def test_what_a_gpu_does_not_do_is_refused_before_it_is_looked_for(family, tmp_path, monkeypatch, settings, reason):
     monkeypatch.setattr(devices, "_open_device", lambda index: pytest.fail("a device was opened"))
     base, models = family
-    models = models[:1] if settings.get("method") == "arcee_fusion" else models
     with pytest.raises(BackendError, match=reason):
         mf.merge(base, models, tmp_path / "out", device="cuda", **settings)
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ from .arrays import (
     weights,
 )
 from .kernel_calls import dtype_code, layer_table_of
-from .sparse_calls import MAGNITUDE, VARIANCE, Keys, random_election, random_masks, random_ranks
+from .sparse_calls import IMPORTANCE, MAGNITUDE, VARIANCE, Keys, random_election, random_masks, random_ranks
 from .test_cuda_sparse import ALL_KINDS, check_masks, check_threshold
 
 
@@ -132,7 +132,7 @@ def test_a_large_layer(backend, dtype):
 
 
 @pytest.mark.usefixtures("slice_nbytes")
-@pytest.mark.parametrize("kind", [MAGNITUDE, VARIANCE])
+@pytest.mark.parametrize("kind", [MAGNITUDE, VARIANCE, IMPORTANCE])
 @pytest.mark.parametrize("dtypes", [(BF16,) * 4, (F32,) * 2, (F32, F16, BF16, BF16), (F64, BF16, F16)], ids=str)
 def test_sparse_layers(backend, monkeypatch, dtypes, kind):
     monkeypatch.setattr(streamed_threshold, "_LEAST_COUNTED", 5000)

@@ -32,14 +32,11 @@ SHAPES = {
     "head": (51, 40),
 }
 DTYPES = [(BF16, BF16, F32, F64), (BF16,), (F16, F32), (F32, F16, BF16)]
-SPARSE = [
-    name
-    for name, method in METHODS.items()
-    if issubclass(method, SparseMethod) and name != "arcee_fusion"  # which measures rows, on the CPU only
-]
+SPARSE = [name for name, method in METHODS.items() if issubclass(method, SparseMethod)]
 CASES = [
     *((name, SETTINGS.get(name, {}), {}) for name in SPARSE),
     ("ties", {"density": 0.4, "coefficients": "metagpt"}, {"granularity": "layer"}),
+    ("arcee_fusion", {}, {"memory": "8MiB", "io": "pread"}),
     ("breadcrumbs", SETTINGS["breadcrumbs"], {"memory": "8MiB"}),
     ("sce", SETTINGS["sce"], {"granularity": "tensor", "io": "pread"}),
     ("della", SETTINGS["della"], {"memory": "8MiB", "dtype": "f32"}),

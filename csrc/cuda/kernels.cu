@@ -21,9 +21,9 @@ void run_layer_merge(const LayerTable& table, std::int64_t num_blocks, unsigned 
   layer_merge(table, num_blocks, kinds, num_nonfinite, stream);
 }
 
-void run_count_keys(const LayerTable& table, std::int64_t num_blocks, int count, std::uint64_t wanted, int key_kind,
-                    int num_keys, int num_ranks, unsigned long long* counts, cudaStream_t stream) {
-  count_keys(table, num_blocks, static_cast<Count>(count), wanted, key_kind, num_keys, num_ranks, counts, stream);
+void run_count_keys(const LayerTable& table, std::int64_t num_blocks, int count, const WantedKeys& wanted,
+                    unsigned long long* counts, cudaStream_t stream) {
+  count_keys(table, num_blocks, static_cast<Count>(count), wanted, counts, stream);
 }
 
 void run_layer_moments(const LayerTable& table, const MaskColumns& masks, std::int64_t num_blocks,

@@ -17,8 +17,8 @@ void run_layer_gram(const LayerTable& table, std::int64_t num_blocks, std::int64
                     double* scratch, double* gram, cudaStream_t stream);
 void run_layer_merge(const LayerTable& table, std::int64_t num_blocks, unsigned kinds,
                      unsigned long long* num_nonfinite, cudaStream_t stream);
-void run_count_keys(const LayerTable& table, std::int64_t num_blocks, int count, std::uint64_t wanted, int key_kind,
-                    int num_keys, int num_ranks, unsigned long long* counts, cudaStream_t stream);
+void run_count_keys(const LayerTable& table, std::int64_t num_blocks, int count, const WantedKeys& wanted,
+                    unsigned long long* counts, cudaStream_t stream);
 void run_layer_moments(const LayerTable& table, const MaskColumns& masks, std::int64_t num_blocks,
                        std::int64_t num_spans, double* scratch, double* moments, cudaStream_t stream);
 void run_layer_elect(const LayerTable& table, const MaskColumns& masks, const ElectionColumns& election,

@@ -33,17 +33,17 @@ class Counter {
   unsigned long long count_ = 0;
 };
 
-// A warp counts the keys j of a block. `wanted`: of every rank the bits of its key found so far, ~0 for none.
+// A warp counts the keys j of a block. Wanted: of every rank the bits of its key found so far, ~0 for none.
 template <class Scalar, Count kCount>
-__device__ __forceinline__ void count_keys(const LayerTable& table, KeyKind kind, std::int64_t k, std::int64_t first,
-                                           std::int64_t end, int j, const std::uint32_t* wanted, int num_ranks,
-                                           unsigned long long* counts) {
-  for (int r = 0; r < num_ranks; ++r) {
-    const std::uint32_t bits = __ldg(wanted + r);
+__device__ __forceinline__ void count_keys(const LayerTable& table, const WantedKeys& wanted, std::int64_t k,
+                                           std::int64_t first, std::int64_t end, int j, unsigned long long* counts) {
+  const std::uint32_t* found = wanted.bits + (k * wanted.num_keys + j) * wanted.num_ranks;
+  for (int r = 0; r < wanted.num_ranks; ++r) {
+    const std::uint32_t bits = __ldg(found + r);
     Counter counter;
     unsigned greater = 0, equal = 0;
     for (std::int64_t e = first + threadIdx.x % 32; e < end; e += 32) {
-      const std::uint32_t key = key_at<Scalar>(table, kind, k, j, e);
+      const std::uint32_t key = key_at<Scalar>(table, wanted.ranked_by, k, j, e);
       if constexpr (kCount == Count::kUpperBits) {
         counter.add(counts + (key >> kLowerKeyBits));
       } else if constexpr (kCount == Count::kLowerBits) {
@@ -67,39 +67,35 @@ __device__ __forceinline__ void count_keys(const LayerTable& table, KeyKind kind
 // it, where a row is a span, the piece's first at rows[k]; kNonzero [rows, J, 2] of which the first is counted.
 template <Count kCount>
 __global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
-    count_keys_kernel(LayerTable table, std::int64_t num_blocks, const std::uint32_t* wanted, int key_kind,
-                      int num_keys, int num_ranks, unsigned long long* counts) {
+    count_keys_kernel(LayerTable table, std::int64_t num_blocks, WantedKeys wanted, unsigned long long* counts) {
   const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * kSumWarps + threadIdx.x / 32;
   if (block >= num_blocks) return;
   const std::int64_t k = tensor_of(table.first_blocks, table.num_tensors, block);
   const std::int64_t number = block - table.first_blocks[k];
   const std::int64_t first = number * kBlockNumel;
   const std::int64_t end = first + kBlockNumel < table.numels[k] ? first + kBlockNumel : table.numels[k];
-  const auto kind = static_cast<KeyKind>(key_kind);
   const std::int64_t row = table.rows[k] + (kCount == Count::kEqual ? number / kSpanBlocks : 0);
-  for (int j = 0; j < num_keys; ++j) {
+  for (int j = 0; j < wanted.num_keys; ++j) {
     const std::int64_t stride = kCount == Count::kUpperBits   ? kUpperBins
-                                : kCount == Count::kLowerBits ? std::int64_t{num_ranks} * kLowerBins
-                                                              : std::int64_t{num_ranks} * 2;
-    unsigned long long* own = counts + (row * num_keys + j) * stride;
-    const std::uint32_t* bits = wanted + (k * num_keys + j) * num_ranks;
+                                : kCount == Count::kLowerBits ? std::int64_t{wanted.num_ranks} * kLowerBins
+                                                              : std::int64_t{wanted.num_ranks} * 2;
+    unsigned long long* own = counts + (row * wanted.num_keys + j) * stride;
     if (table.kinds[k] == kFp64) {
-      count_keys<double, kCount>(table, kind, k, first, end, j, bits, num_ranks, own);
+      count_keys<double, kCount>(table, wanted, k, first, end, j, own);
     } else {
-      count_keys<float, kCount>(table, kind, k, first, end, j, bits, num_ranks, own);
+      count_keys<float, kCount>(table, wanted, k, first, end, j, own);
     }
   }
 }
 
-// Adds to the counts without waiting. `wanted`: [K, J, R]; one rank where its bits are not asked for, and 0 to be above
-// of kNonzero.
-inline void count_keys(const LayerTable& table, std::int64_t num_blocks, Count count, std::uint64_t wanted,
-                       int key_kind, int num_keys, int num_ranks, unsigned long long* counts, Stream stream) {
-  const auto run =
-      [&](void (*kernel)(LayerTable, std::int64_t, const std::uint32_t*, int, int, int, unsigned long long*)) {
-        launch("count_keys_kernel", kernel, (num_blocks + kSumWarps - 1) / kSumWarps, kSumThreads, stream, table,
-               num_blocks, reinterpret_cast<const std::uint32_t*>(wanted), key_kind, num_keys, num_ranks, counts);
-      };
+// Adds to the counts without waiting. One rank is wanted where its bits are not asked for, and 0 to be above of
+// kNonzero.
+inline void count_keys(const LayerTable& table, std::int64_t num_blocks, Count count, const WantedKeys& wanted,
+                       unsigned long long* counts, Stream stream) {
+  const auto run = [&](void (*kernel)(LayerTable, std::int64_t, WantedKeys, unsigned long long*)) {
+    launch("count_keys_kernel", kernel, (num_blocks + kSumWarps - 1) / kSumWarps, kSumThreads, stream, table,
+           num_blocks, wanted, counts);
+  };
   switch (count) {
     case Count::kUpperBits:
       return run(count_keys_kernel<Count::kUpperBits>);

@@ -30,13 +30,31 @@ __device__ __forceinline__ std::uint32_t variance_key(const LayerTable& table, s
   return key_of(static_cast<float>(static_cast<double>(num_models) * squares - sum * sum));
 }
 
-// What element e of a piece is ranked by in model t.
+// What element e of a piece is ranked by in a model whose delta there is given.
 template <class Scalar>
-__device__ __forceinline__ std::uint32_t key_at(const LayerTable& table, KeyKind kind, std::int64_t k, int t,
-                                                std::int64_t e) {
+__device__ __forceinline__ std::uint32_t key_of_delta(const LayerTable& table, const KeyColumns& ranked_by,
+                                                      std::int64_t k, std::int64_t e, Scalar base, Scalar delta) {
+  switch (ranked_by.kind) {
+    case KeyKind::kMagnitude:
+      break;
+    case KeyKind::kVariance:
+      return variance_key<Scalar>(table, k, e, base);
+    case KeyKind::kImportance: {
+      const std::int64_t row = (__ldg(ranked_by.firsts + k) + e) / __ldg(ranked_by.columns + k);
+      const double factor = in_global<const double>(__ldg(ranked_by.row_factors + k))[row];
+      return key_of(static_cast<float>(static_cast<double>(delta) * factor));
+    }
+  }
+  return key_of(static_cast<float>(delta));
+}
+
+// The same for model t.
+template <class Scalar>
+__device__ __forceinline__ std::uint32_t key_at(const LayerTable& table, const KeyColumns& ranked_by, std::int64_t k,
+                                                int t, std::int64_t e) {
   const Scalar base = operand_at<Scalar>(table, k, 0, e);
-  if (kind == KeyKind::kVariance) return variance_key<Scalar>(table, k, e, base);
-  return key_of(static_cast<float>(operand_at<Scalar>(table, k, 1 + t, e) - base));
+  const Scalar delta = operand_at<Scalar>(table, k, 1 + t, e) - base;
+  return key_of_delta<Scalar>(table, ranked_by, k, e, base, delta);
 }
 
 // The random number of an element: Philox4x32-10 (Salmon et al., SC 2011).
@@ -84,12 +102,11 @@ __device__ __forceinline__ double mask_at(const LayerTable& table, const MaskCol
   const std::int64_t rule = k * (table.num_operands - 1) + t;
   switch (static_cast<MaskKind>(__ldg(masks.kinds + rule))) {
     case MaskKind::kBand: {
-      const std::uint32_t key = masks.key_kind == KeyKind::kVariance ? variance_key<Scalar>(table, k, e, base)
-                                                                     : key_of(static_cast<float>(delta));
-      return is_in_band(masks, rule, key, __ldg(masks.firsts + k) + e) ? 1 : 0;
+      const std::uint32_t key = key_of_delta<Scalar>(table, masks.ranked_by, k, e, base, delta);
+      return is_in_band(masks, rule, key, __ldg(masks.ranked_by.firsts + k) + e) ? 1 : 0;
     }
     case MaskKind::kRandom: {
-      const auto element = static_cast<std::uint64_t>(__ldg(masks.firsts + k) + e);
+      const auto element = static_cast<std::uint64_t>(__ldg(masks.ranked_by.firsts + k) + e);
       return random_number(__ldg(masks.streams + rule), element) < __ldg(masks.probabilities + 2 * rule) ? 1 : 0;
     }
     case MaskKind::kNear:

@@ -139,9 +139,9 @@ void define_launches(py::module_& m) {
 void define_sparse_launches(py::module_& m) {
   m.def("count_keys", [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks, int count,
                          Address wanted, int key_kind, int num_keys, int num_ranks, Address counts, Address stream) {
-    cuda::run_count_keys(cuda::layer_table_at(table, num_tensors, num_operands, true), num_blocks, count, wanted,
-                         key_kind, num_keys, num_ranks, static_cast<unsigned long long*>(pointer(counts)),
-                         stream_of(stream));
+    cuda::run_count_keys(cuda::layer_table_at(table, num_tensors, num_operands, true), num_blocks, count,
+                         cuda::wanted_keys_at(wanted, num_tensors, key_kind, num_keys, num_ranks),
+                         static_cast<unsigned long long*>(pointer(counts)), stream_of(stream));
   });
   m.def("layer_moments",
         [](Address table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks, std::int64_t num_spans,

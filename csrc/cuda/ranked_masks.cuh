@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
   const std::int64_t k = tensor_of(ranks.first_rows, table.num_tensors, row);
   const std::int64_t rule = k * (table.num_operands - 1) + t;
   if (static_cast<MaskKind>(masks.kinds[rule]) != MaskKind::kRanked) return;
-  const std::int64_t columns = masks.columns[k];
+  const std::int64_t columns = masks.ranked_by.columns[k];
   std::int64_t padded = 1;
   while (padded < columns) padded *= 2;
   const std::int64_t number = row - ranks.first_rows[k];
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
   for (std::int64_t i = threadIdx.x % 32; i < padded; i += 32) {
     std::uint64_t key = 0xffffffffu;  // behind all others
     if (i < columns) {
-      key = is_fp64 ? key_at<double>(table, masks.key_kind, k, t, first + i)
-                    : key_at<float>(table, masks.key_kind, k, t, first + i);
+      key = is_fp64 ? key_at<double>(table, masks.ranked_by, k, t, first + i)
+                    : key_at<float>(table, masks.ranked_by, k, t, first + i);
     }
     own[i] = key << 32 | static_cast<std::uint64_t>(i);
   }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSumThreads, kLeastBlocks)
   for (std::int64_t rank = threadIdx.x % 32; rank < columns; rank += 32) {
     const auto e = first + static_cast<std::int64_t>(own[rank] & 0xffffffffu);
     const std::uint32_t number_of_e =
-        random_number(masks.streams[rule], static_cast<std::uint64_t>(masks.firsts[k] + e));
+        random_number(masks.streams[rule], static_cast<std::uint64_t>(masks.ranked_by.firsts[k] + e));
     kept[ranks.starts[k] + e] = number_of_e < probability_of_rank(masks, rule, rank, columns) ? 1 : 0;
   }
 }

@@ -23,7 +23,8 @@ class DeviceResults:
     def __init__(self, device: Device, pipeline: Pipeline) -> None:
         self._device = device
         self._stream = pipeline.compute
-        self._done = device.make_event()
+        self._loaded, self._done = device.make_event(), device.make_event()
+        self._is_loading = False
         self._nbytes = self._pinned_nbytes = 0
         self._pinned = self._own = self._address = 0
 
@@ -34,6 +35,8 @@ class DeviceResults:
             array: what to begin with.
             address: of device memory that it fits; default memory of its own.
         """
+        if self._is_loading:  # the last array may be on its way out of the same pinned memory
+            self._device.synchronize(self._loaded)
         if array.nbytes > self._pinned_nbytes:
             if self._pinned_nbytes:
                 self._device.free_pinned(self._pinned)
@@ -47,6 +50,8 @@ class DeviceResults:
         self._address = self._own if address is None else address
         ctypes.memmove(self._pinned, array.ctypes.data, array.nbytes)
         self._device.copy_to_device(self._stream, self._address, self._pinned, array.nbytes)
+        self._device.record(self._loaded, self._stream)
+        self._is_loading = True
         return self._address
 
     def store(self, array: NDArray[Any]) -> None:
@@ -54,4 +59,5 @@ class DeviceResults:
         self._device.copy_to_host(self._stream, self._pinned, self._address, array.nbytes)
         self._device.record(self._done, self._stream)
         self._device.synchronize(self._done)
+        self._is_loading = False
         ctypes.memmove(array.ctypes.data, self._pinned, array.nbytes)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .slices import Slice
+    from .streamed_keys import DeviceKeys
     from .tables import LayerTable, OutputTable
 
 
@@ -27,7 +28,7 @@ def prepare(
     *,
     coefficients: NDArray[np.float64] | None = None,
     merges: bool = False,
-    key_kind: int = 0,
+    keys: DeviceKeys | None = None,
     rows: NDArray[np.int64] | None = None,
     num_keys: int = 0,
     num_ranks: int = 0,
@@ -38,6 +39,7 @@ def prepare(
     """Return a slice's table with its sections, and its launch, for slots at these addresses.
 
     ``coefficients``: of the layer's tensors, float64 ``[K, T]``, where the kernel takes them from the table.
+    ``keys``: what elements are ranked by, where the kernel ranks them.
     ``merges``: whether arithmetic is in fp64 where the output is F64, and not only where an operand is.
     ``rows``: where in the results a piece's are, int64 ``[P]``; default by its tensor's number in the layer. See
     :class:`~metagpt_fast.backends.sparse_tables.SectionedLaunch` for the others.
@@ -66,7 +68,8 @@ def prepare(
         kinds=kinds,
         reads=(slot, part.nbytes),
         writes=(output, part.out_nbytes),
-        key_kind=key_kind,
+        key_kind=keys.rule.kind if keys else 0,
+        factors=keys.memory if keys else (0, 0),
         sections=tuple(slot + start for start in starts),
         num_keys=num_keys,
         num_ranks=num_ranks,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from .tables import LayerElection, MaskTable
 
+IMPORTANCE = 2
+"""Kind of keys: magnitude times a row's factor."""
+
 RANKED, BITS = 3, 5
 """Kinds of masks: random by rank, which is made before; and made before, a bit per element."""
 
@@ -27,6 +30,7 @@ LOWER_KEY_BITS = 15
 UPPER_BINS, LOWER_BINS = 1 << 16, 1 << LOWER_KEY_BITS
 
 _ROUNDING_NBYTES = 8  # a section may begin so much later
+_KEYS_NBYTES = 24
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class SectionedLaunch(Launch):
 
     Attributes:
         key_kind: what elements are ranked by.
+        factors: address and bytes of the device memory that the rows' factors are in, of keys by importance.
         sections: addresses of the sections, on the device: masks, and election or ranks; or the keys that are wanted;
             or the columns of matrices.
         num_keys, num_ranks: J and R, where keys are counted.
@@ -43,6 +48,7 @@ class SectionedLaunch(Launch):
     """
 
     key_kind: int = 0
+    factors: tuple[int, int] = (0, 0)
     sections: tuple[int, ...] = ()
     num_keys: int = 0
     num_ranks: int = 0
@@ -53,7 +59,7 @@ class SectionedLaunch(Launch):
 
 def masks_nbytes(num_models: int) -> int:
     """Return the most bytes that masks take per piece."""
-    return _ROUNDING_NBYTES + 16 + 65 * num_models
+    return _ROUNDING_NBYTES + _KEYS_NBYTES + 65 * num_models
 
 
 def election_nbytes(num_models: int) -> int:
@@ -68,28 +74,40 @@ def ranks_nbytes() -> int:
 
 def wanted_nbytes(num_wanted: int) -> int:
     """Return the most bytes that keys that are looked for take per piece."""
-    return _ROUNDING_NBYTES + 4 * num_wanted
+    return _ROUNDING_NBYTES + _KEYS_NBYTES + 4 * num_wanted
+
+
+def keys_section(
+    firsts: NDArray[np.int64], columns: NDArray[np.int64], factors: NDArray[np.uint64]
+) -> NDArray[np.uint8]:
+    """Return what pieces are ranked by, the beginning of sections of masks and of keys that are wanted.
+
+    Args:
+        firsts: int64 ``[P]``: the first element of each piece.
+        columns: int64 ``[P]``: elements per row.
+        factors: uint64 ``[P]``: where the factors of the tensor's rows are on the device.
+    """
+    return _bytes_of(firsts, columns, factors)
 
 
 def masks_section(
+    keys: NDArray[np.uint8],
     masks: MaskTable,
     tensors: NDArray[np.int64],
-    firsts: NDArray[np.int64],
     kinds: NDArray[np.uint8],
     bits: NDArray[np.uint64],
 ) -> NDArray[np.uint8]:
     """Return the masks of pieces.
 
     Args:
+        keys: what the pieces are ranked by, from :func:`keys_section`.
         masks: of the layer's tensors.
         tensors: int64 ``[P]``: whose pieces they are.
-        firsts: int64 ``[P]``: the first element of each.
         kinds: uint8 ``[P, T]``.
         bits: uint64 ``[P, T]``: where masks of kind BITS are on the device, and where those of RANKED go.
     """
     return _bytes_of(
-        firsts,
-        masks.columns[tensors],
+        keys,
         masks.indices[tensors],
         masks.probabilities[tensors],
         masks.streams[tensors],
@@ -112,6 +130,11 @@ def election_section(election: LayerElection, tensors: NDArray[np.int64]) -> NDA
         election.elects[tensors],
         election.normalizes[tensors],
     )
+
+
+def wanted_section(keys: NDArray[np.uint8], wanted: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Return the bits of keys that are looked for, uint32 ``[P, J, R]``, behind what the pieces are ranked by."""
+    return _bytes_of(keys, wanted)
 
 
 def ranks_section(num_rows: NDArray[np.int64], num_items: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import _native
-from ..errors import BackendError
 from .cpu import CpuBackend
 from .device_results import DeviceResults
 from .slice_launches import prepare
 from .slices import SliceChecksums, cut_into_slices, reads_of, writes_of
 from .streamed_columns import ColumnStream
+from .streamed_keys import KeyRule
 from .streamed_sparse import SparseStream
 from .streaming import Job, Pipeline
 from .tables import Written
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from .device import Device
     from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
-_VARIANCE, _IMPORTANCE = 1, 2  # kinds of keys
+_VARIANCE = 1  # kind of keys
 _MAX_THREADS = 4  # that read, and that write: their memcpy is then faster than the bus
 
 
 class StreamedBackend:
-    """All kernels but ``layer_row_divergence`` on a device, with the CPU's bits.
+    """All kernels on a device, with the CPU's bits; ``layer_nonfinite`` and ``layer_row_divergence`` stay on the CPU.
 
     Args:
         device: where to compute. The backend closes it, also if this raises.
@@ -92,9 +92,9 @@ class StreamedBackend:
         """See :class:`~metagpt_fast.backends.tables.Backend`. On the CPU: it explains an error, once."""
         return CpuBackend().layer_nonfinite(layer)
 
-    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> NoReturn:
-        """Not there."""
-        _refuse("layer_row_divergence")
+    def layer_row_divergence(self, layer: LayerTable, columns: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+        """See :class:`~metagpt_fast.backends.tables.Backend`. On the CPU: one pass of exponentials before others."""
+        return CpuBackend().layer_row_divergence(layer, columns)
 
     def column_gram(
         self, layer: LayerTable, columns: NDArray[np.int64], gram: Sequence[NDArray[np.float64]] | None = None
@@ -121,32 +121,19 @@ class StreamedBackend:
         ranks: NDArray[np.int64],
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        _check_key_kind(key_kind)
-        return self._sparse.thresholds.threshold(layer, columns, key_kind, ranks)
+        return self._sparse.thresholds.threshold(layer, KeyRule(key_kind, columns, row_factors), ranks)
 
     def layer_count_nonzero(
         self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
     ) -> NDArray[np.int64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        _check_key_kind(key_kind)
         num_keys = 1 if key_kind == _VARIANCE else layer.num_operands - 1
-        return self._sparse.thresholds.count_nonzero(layer, key_kind, num_keys)
+        return self._sparse.thresholds.count_nonzero(layer, KeyRule(key_kind, columns, row_factors), num_keys)
 
     def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        _check_key_kind(masks.key_kind)
         return self._sparse.moments(layer, masks)
 
     def layer_elect(self, layer: LayerTable, masks: MaskTable, election: LayerElection, out: OutputTable) -> Written:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        _check_key_kind(masks.key_kind)
         return self._sparse.elect(layer, masks, election, out)
-
-
-def _refuse(kernel: str) -> NoReturn:
-    raise BackendError("not there on a GPU yet", where=kernel, hint="use --device cpu")
-
-
-def _check_key_kind(key_kind: int) -> None:
-    if key_kind == _IMPORTANCE:
-        _refuse("keys that depend on a row's divergence")

@@ -14,6 +14,7 @@ from .launch_tables import BLOCK_NUMEL
 from .slice_launches import prepare
 from .slices import Extras, Slice, SliceChecksums, Transfer, bits_nbytes, cut_into_slices, reads_of, writes_of
 from .sparse_tables import BITS, RANKED
+from .streamed_keys import DeviceKeys, KeyRule, KeyStream
 from .streamed_threshold import ThresholdStream
 from .streaming import Job
 from .tables import MEMORY, Written, rows_of
@@ -40,12 +41,14 @@ class SparseStream:
     def __init__(self, pipeline: Pipeline, results: DeviceResults) -> None:
         self._pipeline = pipeline
         self._results = results
-        self.thresholds = ThresholdStream(pipeline, results)
+        self._keys = KeyStream(pipeline.device, pipeline)
+        self.thresholds = ThresholdStream(pipeline, results, self._keys)
 
     def moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`. Leaves the bits of masks by rank for ``elect``."""
         pipeline, num_models = self._pipeline, masks.kinds.shape[1]
         made = self._made_masks(layer, masks, is_there=np.zeros(masks.kinds.shape, np.bool_))
+        keys = self._keys.load(layer, KeyRule.of(masks))
         extras = made.extras(sparse_tables.masks_nbytes(num_models))
         # A block has its sums, and there are at most as many spans as blocks.
         slices = list(cut_into_slices(layer, None, pipeline.limits(2 * 8 * 6 * num_models), extras))
@@ -53,7 +56,7 @@ class SparseStream:
         address = self._results.load(sums)
         job = Job(
             lambda part, slot, output: prepare(
-                layer, None, part, slot, output, [made.section(part, slot)], key_kind=masks.key_kind
+                layer, None, part, slot, output, [made.section(part, keys, slot)], keys=keys
             ),
             lambda part: reads_of(part, layer) + made.reads(part),
             lambda part: [],
@@ -67,6 +70,7 @@ class SparseStream:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         pipeline, num_models = self._pipeline, masks.kinds.shape[1]
         made = self._made_masks(layer, masks, is_there=masks.bits != 0)
+        keys = self._keys.load(layer, KeyRule.of(masks))
         nbytes = sparse_tables.masks_nbytes(num_models) + sparse_tables.election_nbytes(num_models)
         slices = list(cut_into_slices(layer, out, pipeline.limits(0), made.extras(nbytes)))
         num_nonfinite = np.zeros(layer.num_tensors, np.int64)
@@ -74,12 +78,10 @@ class SparseStream:
         checksums = SliceChecksums(out)
 
         def sections(part: Slice, slot: int) -> list[NDArray[np.uint8]]:
-            return [made.section(part, slot), sparse_tables.election_section(election, part.tensors)]
+            return [made.section(part, keys, slot), sparse_tables.election_section(election, part.tensors)]
 
         job = Job(
-            lambda part, slot, output: prepare(
-                layer, out, part, slot, output, sections(part, slot), key_kind=masks.key_kind
-            ),
+            lambda part, slot, output: prepare(layer, out, part, slot, output, sections(part, slot), keys=keys),
             lambda part: reads_of(part, layer) + made.reads(part),
             lambda part: writes_of(part, out),
             lambda stream, launch: pipeline.device.layer_elect(stream, launch, address),
@@ -114,6 +116,7 @@ class SparseStream:
         """Write the bits of the masks that are wanted, bool ``[K, T]``, to these addresses."""
         pipeline, num_models = self._pipeline, masks.kinds.shape[1]
         rows_of(layer, masks.columns)  # raises for columns that are none
+        keys = self._keys.load(layer, KeyRule.of(masks))
         kinds = np.where(wanted, RANKED, 0).astype(np.uint8)
         units = np.lcm(masks.columns, 8)  # whole rows, and whole bytes
         nbytes = sparse_tables.masks_nbytes(num_models) + sparse_tables.ranks_nbytes()
@@ -132,10 +135,10 @@ class SparseStream:
                 slot,
                 output,
                 [
-                    sparse_tables.masks_section(masks, part.tensors, part.firsts, kinds[part.tensors], bits),
+                    sparse_tables.masks_section(keys.section(part), masks, part.tensors, kinds[part.tensors], bits),
                     sparse_tables.ranks_section(rows, items),
                 ],
-                key_kind=masks.key_kind,
+                keys=keys,
                 num_rows=int(rows.sum()),
                 num_items=int(items.sum()),
             )
@@ -170,11 +173,11 @@ class _MadeMasks:
         none = Extras.none(len(self.is_made), table_nbytes)
         return Extras(none.units, self.is_made.sum(axis=1), none.bits_out, table_nbytes)
 
-    def section(self, part: Slice, slot: int) -> NDArray[np.uint8]:
+    def section(self, part: Slice, keys: DeviceKeys, slot: int) -> NDArray[np.uint8]:
         """Return the masks of a slice in the slot at this address."""
         kinds = np.where(self.is_made, BITS, self.masks.kinds)[part.tensors].astype(np.uint8)
         bits = slot + _places(part, part.bits_offsets, self.is_made)
-        return sparse_tables.masks_section(self.masks, part.tensors, part.firsts, kinds, bits)
+        return sparse_tables.masks_section(keys.section(part), self.masks, part.tensors, kinds, bits)
 
     def reads(self, part: Slice) -> list[Transfer]:
         """Return the bits that are brought into a slice's slot."""

@@ -23,13 +23,14 @@ from .slice_launches import prepare
 from .slices import NUM_PARTS, Extras, cut_into_slices, reads_of
 from .sparse_tables import EQUAL, LOWER_BINS, LOWER_BITS, LOWER_KEY_BITS, NONZERO, UPPER_BINS, UPPER_BITS
 from .streaming import Job
-from .tables import ITEMSIZES, LayerTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .device_results import DeviceResults
+    from .streamed_keys import DeviceKeys, KeyRule, KeyStream
     from .streaming import Pipeline
+    from .tables import LayerTable
 
 # The counts of a smaller tensor are more bytes than the tensor: the CPU selects from it.
 _LEAST_COUNTED = SPAN_NUMEL
@@ -42,16 +43,18 @@ class ThresholdStream:
     Args:
         pipeline: what brings slices to the device; its scratch memory holds the counts.
         results: the way of counts to the device and back.
+        keys: the way of what elements are ranked by.
     """
 
-    def __init__(self, pipeline: Pipeline, results: DeviceResults) -> None:
+    def __init__(self, pipeline: Pipeline, results: DeviceResults, keys: KeyStream) -> None:
         self._pipeline = pipeline
         self._results = results
+        self._keys = keys
 
     def threshold(
-        self, layer: LayerTable, columns: NDArray[np.int64], key_kind: int, ranks: NDArray[np.int64]
+        self, layer: LayerTable, rule: KeyRule, ranks: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """See :class:`~metagpt_fast.backends.tables.Backend`; ``key_kind`` 0 and 1 only.
+        """See :class:`~metagpt_fast.backends.tables.Backend`.
 
         Raises:
             BackendError: the counts of one tensor do not fit the device memory.
@@ -61,21 +64,21 @@ class ThresholdStream:
         is_counted = layer.numels >= _LEAST_COUNTED
         small = np.flatnonzero(~is_counted)
         if small.size:
-            unused = np.zeros(small.size, np.uint64)
             with _native.operand_errors_of(small):
                 keys[small], indices[small] = CpuBackend().layer_threshold(
-                    layer.take(small), columns[small], unused, key_kind, np.ascontiguousarray(ranks[small])
+                    layer.take(small), *rule.take(small).arguments, np.ascontiguousarray(ranks[small])
                 )
         for members in self._groups(np.flatnonzero(is_counted), ranks.shape):
             with _native.operand_errors_of(members):
-                keys[members], indices[members] = self._find(layer.take(members), key_kind, ranks[members])
+                keys[members], indices[members] = self._find(layer.take(members), rule.take(members), ranks[members])
         return keys, indices
 
-    def count_nonzero(self, layer: LayerTable, key_kind: int, num_keys: int) -> NDArray[np.int64]:
+    def count_nonzero(self, layer: LayerTable, rule: KeyRule, num_keys: int) -> NDArray[np.int64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
         above_zero = np.zeros((layer.num_tensors, num_keys, 1), np.uint32)
         counts = np.zeros((layer.num_tensors, num_keys, 2), np.int64)
-        self._count(layer, key_kind, NONZERO, above_zero, counts, np.arange(layer.num_tensors))
+        keys = self._keys.load(layer, rule)
+        self._count(layer, keys, NONZERO, above_zero, counts, np.arange(layer.num_tensors))
         return np.ascontiguousarray(counts[..., 0])
 
     def _groups(self, members: NDArray[np.int64], shape: tuple[int, ...]) -> Iterator[NDArray[np.int64]]:
@@ -94,32 +97,33 @@ class ThresholdStream:
             yield members[start : start + size]
 
     def _find(
-        self, layer: LayerTable, key_kind: int, ranks: NDArray[np.int64]
+        self, layer: LayerTable, rule: KeyRule, ranks: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         num_tensors, num_keys, num_ranks = ranks.shape
         rows = np.arange(num_tensors)
+        ranked_by = self._keys.load(layer, rule)
         keys = np.full(ranks.shape, _NO_KEY, np.uint32)
         # Of every element that is looked for: the bits of its key, its rank among those that share them.
         left = ranks.copy()
         upper = np.zeros((num_tensors, num_keys, UPPER_BINS), np.int64)
-        self._count(layer, key_kind, UPPER_BITS, keys[..., :1], upper, rows)
+        self._count(layer, ranked_by, UPPER_BITS, keys[..., :1], upper, rows)
         for place in _wanted(ranks):
             keys[place], left[place] = _bin_of(upper[place[:2]], int(ranks[place]))
         lower = np.zeros((*ranks.shape, LOWER_BINS), np.int64)
-        self._count(layer, key_kind, LOWER_BITS, keys, lower, rows)
+        self._count(layer, ranked_by, LOWER_BITS, keys, lower, rows)
         for place in _wanted(ranks):
             low, left[place] = _bin_of(lower[place], int(left[place]))
             keys[place] = keys[place] << LOWER_KEY_BITS | np.uint32(low)
         num_spans = -(-layer.numels // SPAN_NUMEL)
         first_spans = np.cumsum(num_spans) - num_spans
         spans = np.zeros((int(num_spans.sum()), num_keys, num_ranks, 2), np.int64)
-        self._count(layer, key_kind, EQUAL, keys, spans, first_spans, in_scratch=False)
-        return keys, self._indices(layer, key_kind, ranks, keys, left, np.split(spans, first_spans[1:]))
+        self._count(layer, ranked_by, EQUAL, keys, spans, first_spans, in_scratch=False)
+        return keys, self._indices(layer, rule, ranks, keys, left, np.split(spans, first_spans[1:]))
 
     def _indices(
         self,
         layer: LayerTable,
-        key_kind: int,
+        rule: KeyRule,
         ranks: NDArray[np.int64],
         keys: NDArray[np.uint32],
         left: NDArray[np.int64],
@@ -140,11 +144,10 @@ class ThresholdStream:
         indices = np.full(ranks.shape, -1, np.int64)
         if not pieces:
             return indices
-        part = _spans_of(layer, list(pieces))
-        unused = np.zeros(len(pieces), np.uint64)
+        parts = rule.of_pieces(layer, list(pieces), SPAN_NUMEL)
         with _native.operand_errors_of([k for k, _ in pieces]):
             found, places = CpuBackend().layer_threshold(
-                part, np.ones(len(pieces), np.int64), unused, key_kind, np.stack(list(pieces.values()))
+                parts.layer, *parts.rule.arguments, np.stack(list(pieces.values()))
             )
         numbers = {piece: number for number, piece in enumerate(pieces)}
         for (k, j, r), span in where.items():
@@ -157,7 +160,7 @@ class ThresholdStream:
     def _count(
         self,
         layer: LayerTable,
-        key_kind: int,
+        keys: DeviceKeys,
         what: int,
         wanted: NDArray[np.uint32],
         counts: NDArray[np.int64],
@@ -179,9 +182,9 @@ class ThresholdStream:
                 part,
                 slot,
                 output,
-                [np.ascontiguousarray(wanted[part.tensors]).reshape(-1).view(np.uint8)],
+                [sparse_tables.wanted_section(keys.section(part), wanted[part.tensors])],
                 rows=rows[part.tensors] + part.firsts // steps,
-                key_kind=key_kind,
+                keys=keys,
                 num_keys=num_keys,
                 num_ranks=num_ranks,
             ),
@@ -205,16 +208,6 @@ def _bin_of(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     if number == len(ends):
         raise _changed()
     return len(ends) - 1 - number, rank - (int(ends[number - 1]) if number else 0)
-
-
-def _spans_of(layer: LayerTable, spans: Sequence[tuple[int, int]]) -> LayerTable:
-    """Return the table of spans, given by tensor and number."""
-    tensors, numbers = (np.array(column, np.int64) for column in zip(*spans, strict=True))
-    dtypes = layer.dtypes[tensors]
-    firsts = numbers * SPAN_NUMEL
-    addresses = layer.addresses[tensors] + firsts[:, None].astype(np.uint64) * ITEMSIZES[dtypes]
-    numels = np.minimum(layer.numels[tensors] - firsts, SPAN_NUMEL)
-    return LayerTable(addresses, layer.files[tensors], dtypes, numels, layer.has_base)
 
 
 def _changed() -> RuntimeError:

@@ -26,11 +26,6 @@ class ArceeFusion(SparseMethod):
     equation: ClassVar[str] = "τ where |τ| · KL(softmax(row of θ) ‖ softmax(row of θ₀)) is an outlier"
     num_models: ClassVar[tuple[int, int | None]] = (1, 1)
 
-    @property
-    def measures_rows(self) -> bool:
-        """Return True."""
-        return True
-
     def rule(self, model: int, numel: int, num_models: int) -> Rule:
         """Return the rule that keeps important elements."""
         return KeepImportant()

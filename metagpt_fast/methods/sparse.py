@@ -56,7 +56,6 @@ class SparseMethod(Method):
 
     Attributes:
         needs_moments: whether ``squares`` or ``election`` read the moments, which takes a pass over the tensor.
-        measures_rows: whether a rule is KeepImportant, for which the divergence of every row is measured.
     """
 
     @abstractmethod
@@ -81,11 +80,6 @@ class SparseMethod(Method):
     @property
     def needs_moments(self) -> bool:
         """Return whether the sums over masked task vectors are needed."""
-        return False
-
-    @property
-    def measures_rows(self) -> bool:
-        """Return whether the rows' divergences are needed."""
         return False
 
     def squares(self, moments: FloatArray) -> FloatArray:

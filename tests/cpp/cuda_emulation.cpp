@@ -28,8 +28,8 @@ void emulated_layer_merge(std::uint64_t table, std::int64_t num_tensors, int num
 void emulated_count_keys(std::uint64_t table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks,
                          int count, std::uint64_t wanted, int key_kind, int num_keys, int num_ranks,
                          unsigned long long* counts) {
-  count_keys(layer_table_at(table, num_tensors, num_operands, true), num_blocks, static_cast<Count>(count), wanted,
-             key_kind, num_keys, num_ranks, counts, nullptr);
+  count_keys(layer_table_at(table, num_tensors, num_operands, true), num_blocks, static_cast<Count>(count),
+             wanted_keys_at(wanted, num_tensors, key_kind, num_keys, num_ranks), counts, nullptr);
 }
 
 void emulated_layer_moments(std::uint64_t table, std::int64_t num_tensors, int num_operands, std::int64_t num_blocks,
