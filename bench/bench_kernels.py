@@ -7,6 +7,9 @@ Each round of a kernel follows one of its ceiling, by the same threads on the sa
 a triad on base, one model and the output. Percent of the ceiling is the median of the rounds' ratios, because on a
 shared machine both move together. A triad writes a third of its bytes and layer_merge with T models 1/(2+T) of them;
 the read that the processor does before it overwrites a cache line is in neither formula, so a merge can pass 100 %.
+
+A shared machine's speed changes within minutes, more than within the second that a kernel's rounds take. So every case
+has several turns, all the others in between, and its spread is that of the rounds of all turns.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ print(json.dumps(seconds))
 """
 
 _rows: list[Row] = []
+# Seconds of kernel and ceiling, by the row's name, of the turns so far.
+_turns: dict[str, list[tuple[float, float]]] = {}
 # Baselines know no ISA: one measurement serves all of them. By kernel, dtype, T, threads.
 _baseline_seconds: dict[tuple[str, str, int, int], dict[str, float]] = {}
 
@@ -68,15 +73,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     isas = _native.supported_isas()
     num_threads = _thread_counts()
     cases = [
-        (dtype, num_models, kernel, isa, threads)
+        (turn, dtype, num_models, kernel, isa, threads)
+        for turn in range(metafunc.config.getoption("turns"))
         for dtype in (DTYPES if is_grid else ["bf16"])
         for num_models in ((1, 3, 8) if is_grid else [_DEFAULT_NUM_MODELS])
         for kernel in _FORMULAS
         for isa in (isas if is_grid else isas[-1:])
         for threads in num_threads
     ]
-    ids = [f"{kernel}-{dtype}-T{t}-{isa}-{threads}" for dtype, t, kernel, isa, threads in cases]
-    metafunc.parametrize(("dtype", "num_models", "kernel", "isa", "threads"), cases, ids=ids)
+    ids = [f"{kernel}-{dtype}-T{t}-{isa}-{threads}-{turn}" for turn, dtype, t, kernel, isa, threads in cases]
+    metafunc.parametrize(("turn", "dtype", "num_models", "kernel", "isa", "threads"), cases, ids=ids)
 
 
 def _thread_counts() -> list[int]:
@@ -139,6 +145,7 @@ def test_kernel(
     benchmark: Any,
     arrays: Callable[..., LayerArrays],
     request: pytest.FixtureRequest,
+    turn: int,
     dtype: str,
     num_models: int,
     kernel: str,
@@ -159,8 +166,14 @@ def test_kernel(
 
     benchmark.pedantic(run, setup=setup, rounds=request.config.getoption("rounds"), warmup_rounds=2)
     seconds = benchmark.stats.stats.data
+    name = f"{kernel} {dtype} T={num_models} {isa} threads={threads}"
+    rounds = _turns.setdefault(name, [])
+    rounds += zip(seconds, ceiling_seconds[-len(seconds) :], strict=True)  # the warm-up rounds' ceilings come first
+    if len(rounds) < request.config.getoption("turns") * request.config.getoption("rounds"):
+        return
+    seconds = [own for own, _ in rounds]
     rates = [nbytes / s / 1e9 for s in seconds]
-    ceilings = [ceiling_nbytes / s / 1e9 for s in ceiling_seconds[-len(seconds) :]]  # the warm-up rounds' come first
+    ceilings = [ceiling_nbytes / s / 1e9 for _, s in rounds]
     metrics = {
         "seconds": Spread.of(seconds),
         "gb_per_s": Spread.of(rates),
@@ -168,9 +181,8 @@ def test_kernel(
         "percent_of_ceiling": Spread.of([100 * r / c for r, c in zip(rates, ceilings, strict=True)]),
     }
     baselines = _baselines(kernel, dtype, layer, threads, request.config.getoption("baseline_rounds"))
-    for name, baseline_seconds in baselines.items():
-        metrics[f"speedup_{name}"] = Spread.of([baseline_seconds / s for s in seconds])
-    name = f"{kernel} {dtype} T={num_models} {isa} threads={threads}"
+    for peer, baseline_seconds in baselines.items():
+        metrics[f"speedup_{peer}"] = Spread.of([baseline_seconds / s for s in seconds])
     parameters = {"kernel": kernel, "dtype": dtype, "num_models": num_models, "isa": isa, "threads": threads}
     parameters |= {"numel": layer.numel, "ceiling": _CEILINGS[kernel]}
     row = Row("kernels", name, parameters, metrics, formula=formula, nbytes=nbytes)

@@ -32,7 +32,7 @@ _QUICK_ROUNDS = 3
 def measure_kernels(*, is_quick: bool, is_grid: bool) -> list[Row]:
     """Run bench_kernels and return its rows."""
     options = ["--grid"] if is_grid else []
-    return _run_pytest("bench_kernels", [*options, *(["--rounds", "11", "--baseline-rounds", "1"] if is_quick else [])])
+    return _run_pytest("bench_kernels", [*options, *(["--turns", "2", "--baseline-rounds", "1"] if is_quick else [])])
 
 
 def measure_io(*, is_quick: bool, folder: Path) -> list[Row]:

@@ -10,6 +10,7 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -22,6 +23,8 @@ from .journal import Record, read_records
 from .untrusted import brief
 
 _logger = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
 
 
 def build_path(target: Path) -> Path:
@@ -180,7 +183,9 @@ def changed_parts(before: Mapping[str, Any], now: Mapping[str, Any], name: str =
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changes += changed_parts(old, new, f"{name}{key}: ")
         elif old != new:
-            changes.append(f"{name}{key} was {brief(old)}, now {brief(new)}")
+            is_digest = all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new))
+            told = ": not the same" if is_digest else f" was {brief(old)}, now {brief(new)}"
+            changes.append(f"{name}{key}{told}")
     return changes
 
 

@@ -115,7 +115,8 @@ def _gpus() -> tuple[list[dict[str, Any]] | str, str]:
         devices = cuda_device.list_devices()
         versions = cuda_device.versions()
     except MetagptFastError as error:
-        return str(error), f"not available: {error}"
+        reason = str(error).removeprefix(f"{error.where}: ")  # "device", which is an option of other commands
+        return reason, f"not available: {reason}"
     return devices, f"available (--device cuda; driver for CUDA {versions['driver']}, built with {versions['runtime']})"
 
 

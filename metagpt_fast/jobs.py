@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -118,7 +119,7 @@ def job_of(
             inputs["computed"] = {f"file {shard.path.name}": _file_digest(shard.path) for shard in computed.shards}
             continue
         name = labels.get(id(checkpoint), "base")
-        inputs[name] = {f"file {file['name']}": {k: v for k, v in file.items() if k != "name"} for file in files}
+        inputs[name] = {f"file {file['name']}": _file_facts(file) for file in files}
     job = {
         **_recipe_parts(plan.recipe),
         "input": inputs,
@@ -133,6 +134,25 @@ def job_of(
     }
     result: dict[str, Any] = json.loads(json.dumps(job))  # as the journal gives it back
     return result
+
+
+def _file_facts(file: dict[str, Any]) -> dict[str, Any]:
+    """Return what identifies a file, by names for people."""
+    return {
+        "size": f"{file['nbytes']} bytes",
+        "last change": _moment(file["mtime_ns"]),
+        "header": file["header_sha256"],
+        "content": file["sample_sha256"],
+    }
+
+
+def _moment(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    try:
+        moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    except (OverflowError, ValueError, OSError):  # some file systems keep years that calendars do not have
+        return f"{seconds}.{rest:09} s after 1970"
+    return f"{moment:%Y-%m-%d %H:%M:%S}.{rest:09} UTC"
 
 
 def _boot_id() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .dtypes import DType, parse_output_dtype
 from .errors import RecipeError
-from .methods import Method, SparseMethod, make_method
+from .methods import Method, SparseMethod, find_method, make_method
 from .quantities import parse_nbytes
 
 GRANULARITIES = ("model", "layer", "tensor")
@@ -69,8 +69,11 @@ def make_recipe(
         if name in chosen:
             raise RecipeError("parameter is given twice", where=name, hint=f"leave {name} out of the parameters")
         chosen[name] = value
+    if coefficients is not None and not isinstance(coefficients, str):
+        _check_takes_coefficients(method)
     made = make_method(method, chosen)
-    made.check_num_models(len(models) + (made.base == "model"))
+    is_base_given = made.base == "model"
+    made.check_num_models(len(models) + is_base_given, is_base_given=is_base_given)
     granularity = check_granularity(made, granularity)
     return Recipe(
         base=Path(base),
@@ -80,6 +83,17 @@ def make_recipe(
         out_dtype=parse_output_dtype(dtype),
         exclude=parse_pattern(exclude),
     )
+
+
+def _check_takes_coefficients(method: str) -> None:
+    specs = find_method(method).specs()
+    if "weight" not in specs or not specs["weight"].per_model:
+        raise RecipeError(
+            f"{method} takes no coefficients",
+            where="coefficients",
+            expected=f"the parameters of {method}: {', '.join(specs) or 'none'}",
+            hint="metagpt solves for them; task_arithmetic and linear are given them" if method == "metagpt" else None,
+        )
 
 
 def check_granularity(method: Method, granularity: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from metagpt_fast import _native
 from metagpt_fast.family import BASE_NAME, NAMES, PRESETS, make_family
 from metagpt_fast.merging import merge
 
@@ -173,6 +175,23 @@ def test_files_are_benchmarked_in_every_way(tmp_path):
         assert row.metrics["percent_of_ceiling"].median == pytest.approx(100 * rate / ceiling)
     assert rows["read map, warm"].nbytes // 4 == pytest.approx(rows["write buffered, cache"].nbytes, abs=4096)
     assert not list(tmp_path.glob("metagpt-fast-bench-*"))
+
+
+def test_kernels_are_benchmarked_in_several_turns(tmp_path):
+    rows_file = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "pytest", str(ROOT / "bench" / "bench_kernels.py"), "-p", "no:cacheprovider"]
+    command += ["-k", "test_kernel", "--numel", "5000", "--turns", "3", "--rounds", "2", "--baseline-rounds", "1"]
+    command += ["--rows", str(rows_file)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = load_rows(rows_file)
+    isa, threads = _native.supported_isas()[-1], sorted({1, len(os.sched_getaffinity(0))})
+    kernels = ("layer_gram", "layer_merge")
+    assert {row.name for row in rows} == {f"{k} bf16 T=3 {isa} threads={n}" for k in kernels for n in threads}
+    for row in rows:
+        assert row.metrics["seconds"].n == row.metrics["percent_of_ceiling"].n == 6
+        assert row.metrics["gb_per_s"].max == pytest.approx(row.nbytes / row.metrics["seconds"].min / 1e9)
+        assert "speedup_numpy" in row.metrics
 
 
 @pytest.mark.parametrize("way", ["buffered", "mapped", "direct"])

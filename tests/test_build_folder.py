@@ -175,3 +175,8 @@ def test_changes_are_told_part_by_part():
         "b: c was [1], now [2]",
         "gone was 'x', now None",
     ]
+
+
+def test_digests_are_not_shown():
+    before, now = {"header": "0" * 64, "a": "ab12"}, {"header": "f" * 64, "a": "ab13"}
+    assert changed_parts(before, now) == ["header: not the same", "a was 'ab12', now 'ab13'"]

@@ -133,6 +133,20 @@ def test_coefficients_that_are_no_numbers(value):
     assert caught.value.where.startswith("task_arithmetic.weight")
 
 
+@pytest.mark.parametrize("method", ["metagpt", "model_stock", "slerp"])
+def test_methods_that_take_no_coefficients(method):
+    with pytest.raises(RecipeError, match=rf"^coefficients: {method} takes no coefficients") as caught:
+        make_recipe("base", ["a", "b"], method=method, coefficients=[0.3, 0.2])
+    assert caught.value.hint == (
+        "metagpt solves for them; task_arithmetic and linear are given them" if method == "metagpt" else None
+    )
+
+
+def test_a_base_that_is_a_model_is_not_counted_twice():
+    with pytest.raises(RecipeError, match="slerp: got 3 besides the base, expected 1 besides the base"):
+        make_recipe("base", ["a", "b", "c"], method="slerp")
+
+
 @pytest.mark.parametrize("value", ["2", True, None, np.nan, -np.inf, [2.0], 10**400])
 def test_exponents_that_are_no_numbers(value):
     with pytest.raises(RecipeError, match="expected a finite number"):
@@ -149,7 +163,7 @@ def test_exponents_that_are_no_numbers(value):
         ({"exclude": "("}, "not a regular expression"),
         ({"method": "ty"}, "got 'ty'"),
         ({"parameters": {"density": 1}}, "metagpt has no parameter 'density'"),
-        ({"coefficients": 0.5}, "weight belongs to task_arithmetic, linear"),
+        ({"coefficients": 0.5}, "metagpt takes no coefficients"),
         ({"method": "linear", "exponent": 2}, "exponent belongs to metagpt"),
         ({"exponent": 1, "parameters": {"exponent": 1}}, "given twice"),
         ({"method": "linear", "coefficients": [1, 2, 3]}, "got 3, expected 1"),

@@ -213,9 +213,9 @@ class DellaLinear(PruningMethod):
     )
     seed: int = parameter(0, _SEED, minimum=0)
 
-    def check_num_models(self, num_models: int) -> None:
+    def check_num_models(self, num_models: int, *, is_base_given: bool = False) -> None:
         """Raise RecipeError also if density ± epsilon leaves (0, 1)."""
-        super().check_num_models(num_models)
+        super().check_num_models(num_models, is_base_given=is_base_given)
         for model in range(num_models):
             density, epsilon = _of(self.density, model), _of(self.epsilon, model)
             if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
