@@ -89,7 +89,7 @@ def roofline(sources: Sequence[Source]) -> Figure:
         axes.set_yticks([5, 10, 20, 40, 80], ["5", "10", "20", "40", "80"])
         axes.minorticks_off()
         axes.set(xlabel="flop per byte", title=f"{count} thread{'s'[: count - 1]}")
-        axes.legend(loc="upper left", fontsize=6.5, ncols=2)
+        axes.legend(loc="lower left", fontsize=6.5)
     figure.axes[0].set_ylabel("GB/s")
     figure.suptitle("Kernels in memory and the machine's ceilings (number at a point: models T)", fontsize=10)
     return figure

@@ -69,7 +69,7 @@ def test_table_has_lines_points_and_plans():
     llama = Row("scale", "llama 70B: dry run", facts, metrics)
     text = scale_tables([*(scale_row(num_shards=n, seconds=1.0 + n) for n in (1, 4, 16)), llama])
     assert (
-        "| dry run, x shards | 1 + 1·x s, within 0 % | 2.5 + 2·x s, within 0 % | 30 + 0·x MB, within 0 % |  |" in text
+        "| dry run, x shards | 1 + 1·x s, within 1 % | 2.5 + 2·x s, within 1 % | 30 + 0·x MB, within 1 % |  |" in text
     )
     assert "| shards: dry run | 0.10 B | 3 | 1024 | 4 | 5.00 | 30.0 |  |" in text
     assert "| llama 70B | 70.6 B | 723 | 30 | 0.500 | 0.500 | 0.500 | 1.00 TB | 0.141 TB |" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,8 @@ class Line:
         """Return the line in words for a table or a picture; ``unit`` is that of y."""
         slope = 0.0 if abs(self.slope) < 1e-9 * abs(self.constant) else self.slope  # what rounding leaves
         sign = "+" if slope >= 0 else "−"
-        return f"{self.constant:.3g} {sign} {abs(slope):.3g}·x {unit}, within {100 * self.residual:.0f} %"
+        percent = max(1, math.ceil(100 * self.residual))
+        return f"{self.constant:.3g} {sign} {abs(slope):.3g}·x {unit}, within {percent} %"
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, float]]) -> Line:
