@@ -190,6 +190,7 @@ def output_options(function: F) -> F:
             is_flag=True,
             flag_value=False,
             default=True,
+            show_default=False,  # it would be that of syncing
             help="Do not wait until OUT is on the disk: faster, and a power failure may lose it.",
         ),
         option("Output", "--overwrite", is_flag=True, help="Replace OUT if it exists, once the merge is done."),

@@ -88,7 +88,9 @@ def open_backend(device: str, backend: str, methods: Sequence[Method], device_me
 @contextmanager
 def use_threads(threads: int | None) -> Iterator[None]:
     """Run with this number of threads, then go back to what was set."""
-    before = _native.num_threads()  # raises for an unusable METAGPT_FAST_THREADS before work starts
+    # Both raise for variables that cannot be used (METAGPT_FAST_ISA, METAGPT_FAST_THREADS) before work starts.
+    _native.isa()
+    before = _native.num_threads()
     if threads is None:
         yield
         return

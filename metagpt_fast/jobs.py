@@ -59,7 +59,9 @@ def load_gram(plan: MergePlan, measurement: str | Path | None, fingerprints: Fin
         check_writable(measurement, measurement_nbytes(plan, fingerprints))
         return None
     names = [tensor.name for tensor in plan.merged]
-    return Measurement.load(measurement).select(fingerprints[0], fingerprints[1:], names, where=measurement)
+    return Measurement.load(measurement).select(
+        fingerprints[0], fingerprints[1:], names, where=measurement, labels=plan.labels
+    )
 
 
 def has_measurement(plan: MergePlan, measurement: str | Path | None) -> bool:

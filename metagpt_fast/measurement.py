@@ -137,21 +137,29 @@ class Measurement:
         return _load(Path(path))
 
     def select(
-        self, base: Fingerprint, models: Sequence[Fingerprint], names: Sequence[str], *, where: object
+        self,
+        base: Fingerprint,
+        models: Sequence[Fingerprint],
+        names: Sequence[str],
+        *,
+        where: object,
+        labels: Sequence[str] = (),
     ) -> FloatArray:
         """Return the Gram matrices for these checkpoints and tensors, float64 ``[len(names), T+1, T+1]``.
 
-        The checkpoints may be a subset of the measured ones, in any order: they are found by fingerprint.
+        The checkpoints may be a subset of the measured ones, in any order: they are found by fingerprint. ``labels``
+        are what an error calls the models.
 
         Raises:
             MeasurementError: a checkpoint or a tensor was not measured, or has changed since.
         """
         if self.fingerprints[0] != base:
-            raise _stale("the base", self.base, where)
+            raise _stale("the base", self.base, where, is_known=True)
         columns = [0]
         for model, fingerprint in enumerate(models, start=1):
             if fingerprint not in self.fingerprints[1:]:
-                raise _stale(f"model {model}", ", ".join(self.models), where)
+                label = labels[model - 1] if labels else f"number {model}"
+                raise _stale(f"model {label}", ", ".join(self.models), where, is_known=label in self.models)
             columns.append(1 + self.fingerprints[1:].index(fingerprint))
         rows = {name: row for row, name in enumerate(self.names)}
         missing = [name for name in names if name not in rows]
@@ -230,9 +238,10 @@ def cosines_of(gram: FloatArray) -> FloatArray:
     return np.clip(cosines, -1.0, 1.0)
 
 
-def _stale(which: str, measured: str, where: object) -> MeasurementError:
+def _stale(which: str, measured: str, where: object, *, is_known: bool) -> MeasurementError:
+    reason = "is another one now, or has changed since" if is_known else "is not among the measured ones"
     return MeasurementError(
-        f"the measurement belongs to other files: {which} is not among the measured ones, or has changed since",
+        f"the measurement belongs to other files: {which} {reason}",
         where=where,
         got=f"a measurement of {measured}",
         hint="delete the file, and it is measured again",

@@ -46,14 +46,15 @@ class NonfiniteInputs:
             if self._is_allowed and not is_measured:
                 self.owners.setdefault(piece.tensor.name, set()).add(owner)
                 continue
-            other_way = "to merge it all the same, --allow-nonfinite"
-            if self._is_allowed:
-                other_way = "it has no norm, so --allow-nonfinite cannot help a method that measures"
+            ways = "to take this tensor from the base as it is, use --exclude"
+            if not is_measured:
+                ways += "; to merge it all the same, --allow-nonfinite"
+            elif self._is_allowed:
+                ways += "; it has no norm, so --allow-nonfinite cannot help a method that measures"
             raise DataError(
                 f"tensor {brief(piece.tensor.name)} of {owner} holds NaN or Inf",
                 where=piece.sources[operand].path,
                 got=f"{counts[k, operand]} such elements, the first at index {piece.first + first[k, operand]}",
                 expected="finite numbers",
-                hint="the checkpoint is damaged or its training diverged; "
-                f"to take this tensor from the base as it is, use --exclude; {other_way}",
+                hint=f"the checkpoint is damaged or its training diverged; {ways}",
             )

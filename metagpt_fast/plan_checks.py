@@ -35,7 +35,7 @@ def check_distinct(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             raise PlanError(
                 "the base is also given as one of the models",
                 where=model.path,
-                got=f"the same files as the base {base.path}",
+                got=f"the files of {base.path}, which is the base",
                 expected="models fine-tuned from it",
                 hint="name the base first and once: metagpt-fast merge BASE MODEL [MODEL ...]",
             )

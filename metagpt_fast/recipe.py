@@ -72,8 +72,13 @@ def make_recipe(
     if coefficients is not None and not isinstance(coefficients, str):
         _check_takes_coefficients(method)
     made = make_method(method, chosen)
-    is_base_given = made.base == "model"
-    made.check_num_models(len(models) + is_base_given, is_base_given=is_base_given)
+    is_base_counted = made.base == "model"
+    try:
+        made.check_num_models(len(models) + is_base_counted)
+    except RecipeError as error:
+        if is_base_counted:
+            error.add_hint("the base is one of them")
+        raise
     granularity = check_granularity(made, granularity)
     return Recipe(
         base=Path(base),

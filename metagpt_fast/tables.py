@@ -184,19 +184,20 @@ def _print_coefficients(
     norms: Sequence[float] | None,
     base_norm: float | None,
 ) -> None:
-    """One row per model: λ, its share of Σ|λ|, ‖τ‖ and ‖τ‖ as a fraction of the base's norm."""
-    table = make_table("model", "λ", "share", "‖τ‖", "‖τ‖ / ‖θ₀‖", left=("model", "share"))
+    """One row per model: λ, its share of Σ|λ|, and if measured ‖τ‖ and ‖τ‖ as a fraction of the base's norm."""
+    measured = () if norms is None else ("‖τ‖", "‖τ‖ / ‖θ₀‖")
+    table = make_table("model", "λ", "share", *measured, left=("model", "share"))
     total = sum(abs(value) for value in coefficients)
     for t, label in enumerate(labels):
-        norm = None if norms is None else norms[t]
-        table.add_row(
-            label,
-            f"{coefficients[t]:.4f}",
-            _share(console, abs(coefficients[t]) / total if total > 0 else 0.0),
-            "not measured" if norm is None else format_norm(norm),
-            f"{100 * norm / base_norm:.2f} %" if norm is not None and base_norm else "–",
-        )
+        share = _share(console, abs(coefficients[t]) / total if total > 0 else 0.0)
+        table.add_row(label, f"{coefficients[t]:.4f}", share, *_norm_cells(norms, t, base_norm))
     console.print(table)
+
+
+def _norm_cells(norms: Sequence[float] | None, t: int, base_norm: float | None) -> list[str]:
+    if norms is None:
+        return []
+    return [format_norm(norms[t]), f"{100 * norms[t] / base_norm:.2f} %" if base_norm else "–"]
 
 
 def _print_scope_coefficients(console: Console, labels: Sequence[str], report: MergeReport) -> None:
@@ -204,7 +205,8 @@ def _print_scope_coefficients(console: Console, labels: Sequence[str], report: M
     num_scopes = len(report.scopes)
     # Where parameters differ by tensor there are more rows than scopes of the granularity.
     course = f"λ over {num_scopes} {'tensor' if report.granularity == 'model' else report.granularity}s"
-    table = make_table("model", "λ mean", "λ min", "λ max", course, "‖τ‖", left=("model", course))
+    measured = () if report.norms is None else ("‖τ‖",)
+    table = make_table("model", "λ mean", "λ min", "λ max", course, *measured, left=("model", course))
     highest = float(report.coefficients.max())
     for t, label in enumerate(labels):
         values = [float(value) for value in report.coefficients[:, t]]
@@ -214,7 +216,7 @@ def _print_scope_coefficients(console: Console, labels: Sequence[str], report: M
             f"{min(values):.4f}",
             f"{max(values):.4f}",
             sparkline(values, highest) if _has_unicode(console) else "",
-            "not measured" if report.norms is None else format_norm(report.norms[t]),
+            *([] if report.norms is None else [format_norm(report.norms[t])]),
         )
     console.print(table)
 

@@ -251,7 +251,8 @@ class CheckpointWriter:
                 "the interrupted merge cannot be resumed, because it was another one",
                 where=self._build.path,
                 got="; ".join(changes),
-                hint=f"give the first command again, or start over after: rm -r {self._build.quoted_path}",
+                hint="give the first command again, with its inputs as they were, or start over after: "
+                f"rm -r {self._build.quoted_path}",
             )
 
     def _paths(self) -> dict[str, Path]:

@@ -223,7 +223,7 @@ CASES: dict[Callable[[Family], None], tuple[str, ...]] = {
     quantized_weights: ("'model.layers.0.w' in m0", "got U8", "expected BF16", "--exclude"),
     integers_differ: ("'position_ids' of m1 differs", "got other values", "expected the same I64", "--exclude"),
     copies_of_the_base: ("every model equals the base", "got ‖θ_t − θ₀‖ = 0 for m0, m1", "expected at least one"),
-    base_as_a_model: ("the base is also given as one of the models", "got the same files", "name the base first"),
+    base_as_a_model: ("the base is also given as one of the models", "which is the base", "name the base first"),
     output_exists: ("out", "exists", "--overwrite"),
     output_is_an_input: ("is one of the inputs", "got", "expected a place outside", "-o"),
     output_inside_an_input: ("lies inside an input", "got", "expected a place outside", "-o"),

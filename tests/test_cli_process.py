@@ -64,6 +64,19 @@ def test_statuses_of_the_real_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("variable", ["METAGPT_FAST_ISA", "METAGPT_FAST_THREADS"])
+def test_variables_that_cannot_be_used_are_told_before_work_starts(tmp_path, variable):
+    preset = PRESETS["tiny"]
+    make_family(tmp_path, shape=preset.shape, max_shard_nbytes=preset.max_shard_nbytes, seed=0)
+    inputs = [str(tmp_path / name) for name in ("base", "chat")]
+    for command in (["merge", *inputs, "-o", str(tmp_path / "out")], ["measure", *inputs]):
+        result = spawn(["-m", "metagpt_fast"], *command, "--json", **{variable: "none"})
+        assert result.returncode == 1
+        assert json.loads(result.stdout)["error"] in {"BackendError", "RecipeError"}
+        assert variable in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     command = [sys.executable, "-m", "metagpt_fast", "info"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:

@@ -142,8 +142,8 @@ def test_methods_that_take_no_coefficients(method):
     )
 
 
-def test_a_base_that_is_a_model_is_not_counted_twice():
-    with pytest.raises(RecipeError, match="slerp: got 3 besides the base, expected 1 besides the base"):
+def test_a_base_that_is_a_model_is_said_to_be_counted():
+    with pytest.raises(RecipeError, match="slerp: got 4, expected 2; the base is one of them"):
         make_recipe("base", ["a", "b", "c"], method="slerp")
 
 

@@ -10,6 +10,7 @@ import metagpt_fast as mf
 from metagpt_fast import trust
 from metagpt_fast.cli import cli
 from metagpt_fast.dtypes import BF16, F32, F64
+from metagpt_fast.recipe import make_recipe
 
 from .checkpoints import random_states, read_state, tensor, write_family
 
@@ -178,6 +179,8 @@ def test_what_has_no_norm_cannot_be_allowed(tmp_path):
     base, models = with_nonfinite(tmp_path / "in")
     with pytest.raises(mf.DataError, match="it has no norm, so --allow-nonfinite cannot help"):
         mf.merge(base, models, tmp_path / "out", allow_nonfinite=True)
+    with pytest.raises(mf.DataError, match=r"use --exclude$"):  # and nothing that would not help
+        mf.merge(base, models, tmp_path / "out")
     report = mf.merge(base, models, tmp_path / "out", allow_nonfinite=True, exclude=r"layers\.0")
     assert not [warning for warning in report.warnings if "NaN" in warning]
 
@@ -194,3 +197,10 @@ def test_the_option_to_allow_nonfinite_inputs(tmp_path):
         result = CliRunner().invoke(cli, [*command, "--quiet", "--allow-nonfinite"])
         assert result.exit_code == 0, result.output
         assert "as elements of it are in m1" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("parameters", [{"exponent": 1.0}, {"exponent": 1.0, "coefficients": "metagpt"}])
+def test_an_exponent_without_its_coefficients(parameters):
+    recipe = make_recipe("base", ["a", "b"], method="ties", parameters={"density": 0.5, **parameters})
+    warned = ["exponent has no effect without coefficients = metagpt"]
+    assert recipe.method.warnings() == ([] if "coefficients" in parameters else warned)

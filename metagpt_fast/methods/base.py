@@ -104,22 +104,12 @@ class Method(ABC):
         """Return the parameters by their names in recipes."""
         return specs_of(cls)
 
-    def check_num_models(self, num_models: int, *, is_base_given: bool = False) -> None:
-        """Raise RecipeError if the method cannot merge ``num_models`` models, or was given parameters for others.
-
-        ``is_base_given``: the base is one of them, and the user gave it as the base.
-        """
+    def check_num_models(self, num_models: int) -> None:
+        """Raise RecipeError if the method cannot merge ``num_models`` models, or was given parameters for others."""
         least, most = self.num_models
         if num_models < least or (most is not None and num_models > most):
-            own, also = (1, " besides the base") if is_base_given else (0, "")
-            few, many = least - own, None if most is None else most - own
-            expected = f"{few}" if many == few else f"at least {few}" if many is None else f"{few} to {many}"
-            raise RecipeError(
-                f"number of models for {self.name}",
-                where="models",
-                got=f"{num_models - own}{also}",
-                expected=f"{expected}{also}",
-            )
+            expected = f"{least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+            raise RecipeError(f"number of models for {self.name}", where="models", got=num_models, expected=expected)
         for spec in self.specs().values():
             count = len(getattr(self, spec.field)) if spec.per_model else 1
             if count not in {1, num_models}:

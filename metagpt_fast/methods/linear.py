@@ -30,9 +30,9 @@ class Linear(Method):
     weight: tuple[float, ...] = parameter(1.0, "w_t", per_model=True, required=True)
     normalize: bool = parameter(True, "divide by Σ w_t")
 
-    def check_num_models(self, num_models: int, *, is_base_given: bool = False) -> None:
+    def check_num_models(self, num_models: int) -> None:
         """Raise RecipeError unless there is one weight for all models or one for each, with a usable sum."""
-        super().check_num_models(num_models, is_base_given=is_base_given)
+        super().check_num_models(num_models)
         total = float(expand(self.weight, num_models).sum())
         if self.normalize and abs(total) < 1e-12:
             raise RecipeError(

@@ -36,9 +36,9 @@ class MultiSlerp(Method):
     normalize_weights: bool = parameter(True, "divide w by its sum")
     eps: float = parameter(1e-8, "added to the norms by which is divided", minimum=0)
 
-    def check_num_models(self, num_models: int, *, is_base_given: bool = False) -> None:
+    def check_num_models(self, num_models: int) -> None:
         """Raise RecipeError unless there is one weight for all models or one for each, with a usable sum."""
-        super().check_num_models(num_models, is_base_given=is_base_given)
+        super().check_num_models(num_models)
         total = float(expand(self.weight, num_models).sum())
         if self.normalize_weights and num_models > 1 and abs(total) < 1e-12:
             raise RecipeError(

@@ -94,10 +94,14 @@ class PruningMethod(SparseMethod):
         )
 
     def warnings(self) -> list[str]:
-        """Return a sentence if nothing is pruned."""
-        if self._prunes:
-            return []
-        return [f"{self.name} with density 1 prunes nothing; a density such as 0.5 keeps half of each task vector"]
+        """Return sentences if nothing is pruned, and if MetaGPT's exponent is given without its coefficients."""
+        warnings = []
+        if not self._prunes:
+            keeps = "a density such as 0.5 keeps half of each task vector"
+            warnings.append(f"{self.name} with density 1 prunes nothing; {keeps}")
+        if self.exponent != 2 and self.coefficients != "metagpt":
+            warnings.append("exponent has no effect without coefficients = metagpt")
+        return warnings
 
     @property
     def _prunes(self) -> bool:
@@ -213,9 +217,9 @@ class DellaLinear(PruningMethod):
     )
     seed: int = parameter(0, _SEED, minimum=0)
 
-    def check_num_models(self, num_models: int, *, is_base_given: bool = False) -> None:
+    def check_num_models(self, num_models: int) -> None:
         """Raise RecipeError also if density ± epsilon leaves (0, 1)."""
-        super().check_num_models(num_models, is_base_given=is_base_given)
+        super().check_num_models(num_models)
         for model in range(num_models):
             density, epsilon = _of(self.density, model), _of(self.epsilon, model)
             if 0 < density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
