@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,9 +59,36 @@ for _ in range(11):
 print(json.dumps(seconds))
 """
 
-_rows: list[Row] = []
-# Seconds of kernel and ceiling, by the row's name, of the turns so far.
-_turns: dict[str, list[tuple[float, float]]] = {}
+
+@dataclass
+class Case:
+    """What is known of a kernel's row, and the seconds of kernel and ceiling of every round so far."""
+
+    facts: dict[str, Any]
+    formula: str
+    nbytes: int
+    ceiling_nbytes: int
+    baselines: dict[str, float]
+    rounds: list[tuple[float, float]] = field(default_factory=list)
+
+    def row(self, name: str) -> Row:
+        """Return what all turns have found."""
+        seconds = [own for own, _ in self.rounds]
+        rates = [self.nbytes / s / 1e9 for s in seconds]
+        ceilings = [self.ceiling_nbytes / s / 1e9 for _, s in self.rounds]
+        metrics = {
+            "seconds": Spread.of(seconds),
+            "gb_per_s": Spread.of(rates),
+            "ceiling_gb_per_s": Spread.of(ceilings),
+            "percent_of_ceiling": Spread.of([100 * r / c for r, c in zip(rates, ceilings, strict=True)]),
+        }
+        for peer, baseline_seconds in self.baselines.items():
+            metrics[f"speedup_{peer}"] = Spread.of([baseline_seconds / s for s in seconds])
+        return Row("kernels", name, self.facts, metrics, formula=self.formula, nbytes=self.nbytes)
+
+
+_ceilings: list[Row] = []
+_cases: dict[str, Case] = {}
 # Baselines know no ISA: one measurement serves all of them. By kernel, dtype, T, threads.
 _baseline_seconds: dict[tuple[str, str, int, int], dict[str, float]] = {}
 
@@ -92,16 +120,16 @@ def _thread_counts() -> list[int]:
 @pytest.fixture(scope="module")
 def arrays() -> Iterator[Callable[..., LayerArrays]]:
     """Make a layer's arrays, and keep only the latest: they take gigabytes."""
-    latest: dict[tuple[str, int, int], LayerArrays] = {}
+    latest: dict[tuple[str, int], LayerArrays] = {}
+    numels: dict[tuple[str, int], int] = {}  # the same in every turn, however much memory there is then
 
     def make(dtype: str, num_models: int, numel: int | None) -> LayerArrays:
-        if numel is None:
-            operand_nbytes = (2 + num_models) * DTYPES[dtype].itemsize
-            numel = min(DEFAULT_NUMEL, available_memory_nbytes() // 2 // operand_nbytes)
-        key = (dtype, num_models, numel)
+        key = (dtype, num_models)
         if key not in latest:
             latest.clear()
-            latest[key] = make_layer_arrays(DTYPES[dtype], num_models, numel)
+            operand_nbytes = (2 + num_models) * DTYPES[dtype].itemsize
+            fitting = numel or min(DEFAULT_NUMEL, available_memory_nbytes() // 2 // operand_nbytes)
+            latest[key] = make_layer_arrays(DTYPES[dtype], num_models, numels.setdefault(key, fitting))
         return latest[key]
 
     yield make
@@ -112,7 +140,7 @@ def arrays() -> Iterator[Callable[..., LayerArrays]]:
 def _save_rows(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if path := request.config.getoption("rows"):
-        save_rows(_rows, path)
+        save_rows([*_ceilings, *(case.row(name) for name, case in _cases.items())], path)
 
 
 @pytest.fixture
@@ -137,7 +165,7 @@ def test_compute_ceiling() -> None:
         note = "NumPy's float32 matrix product, 3072 x 3072: what a good kernel gets from these cores"
         facts = {"ceiling": "compute", "threads": threads}
         metrics = {"gflop_per_s": Spread.of([2 * _MATRIX_SIZE**3 / s / 1e9 for s in seconds])}
-        _rows.append(Row("ceilings", f"compute threads={threads}", facts, metrics, notes=(note,)))
+        _ceilings.append(Row("ceilings", f"compute threads={threads}", facts, metrics, notes=(note,)))
 
 
 @pytest.mark.usefixtures("_kernel_settings")
@@ -167,27 +195,13 @@ def test_kernel(
     benchmark.pedantic(run, setup=setup, rounds=request.config.getoption("rounds"), warmup_rounds=2)
     seconds = benchmark.stats.stats.data
     name = f"{kernel} {dtype} T={num_models} {isa} threads={threads}"
-    rounds = _turns.setdefault(name, [])
-    rounds += zip(seconds, ceiling_seconds[-len(seconds) :], strict=True)  # the warm-up rounds' ceilings come first
-    if len(rounds) < request.config.getoption("turns") * request.config.getoption("rounds"):
-        return
-    seconds = [own for own, _ in rounds]
-    rates = [nbytes / s / 1e9 for s in seconds]
-    ceilings = [ceiling_nbytes / s / 1e9 for _, s in rounds]
-    metrics = {
-        "seconds": Spread.of(seconds),
-        "gb_per_s": Spread.of(rates),
-        "ceiling_gb_per_s": Spread.of(ceilings),
-        "percent_of_ceiling": Spread.of([100 * r / c for r, c in zip(rates, ceilings, strict=True)]),
-    }
-    baselines = _baselines(kernel, dtype, layer, threads, request.config.getoption("baseline_rounds"))
-    for peer, baseline_seconds in baselines.items():
-        metrics[f"speedup_{peer}"] = Spread.of([baseline_seconds / s for s in seconds])
-    parameters = {"kernel": kernel, "dtype": dtype, "num_models": num_models, "isa": isa, "threads": threads}
-    parameters |= {"numel": layer.numel, "ceiling": _CEILINGS[kernel]}
-    row = Row("kernels", name, parameters, metrics, formula=formula, nbytes=nbytes)
-    benchmark.extra_info.update(row.to_dict())
-    _rows.append(row)
+    if name not in _cases:
+        facts = {"kernel": kernel, "dtype": dtype, "num_models": num_models, "isa": isa, "threads": threads}
+        facts |= {"numel": layer.numel, "ceiling": _CEILINGS[kernel]}
+        baselines = _baselines(kernel, dtype, layer, threads, request.config.getoption("baseline_rounds"))
+        _cases[name] = Case(facts, formula, nbytes, ceiling_nbytes, baselines)
+    # The ceilings of the warm-up rounds come first.
+    _cases[name].rounds += zip(seconds, ceiling_seconds[-len(seconds) :], strict=True)
 
 
 def _kernel_call(kernel: str, layer: LayerArrays) -> Callable[[], object]:

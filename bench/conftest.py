@@ -10,6 +10,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put kernels in the order of their turns, whatever a plugin has made of it."""
+    items.sort(key=_turn)
+
+
+def _turn(item: pytest.Item) -> tuple[object, ...]:
+    call = getattr(item, "callspec", None)
+    return tuple(call.params.values()) if call is not None and "turn" in call.params else ()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; ``pytest bench/bench_kernels.py --help`` shows them."""
     group = parser.getgroup("kernels", "kernel benchmarks")
