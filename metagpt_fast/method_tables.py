@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.padding import Padding
 from rich.text import Text
 
 from .console import open_console
@@ -34,7 +34,10 @@ def print_method(method: Mapping[str, Any], console: Console | None = None) -> N
     """Print a method: what it computes, where it comes from, its parameters."""
     console = open_console() if console is None else console
     console.print(Text(method["name"], style="bold"))
-    console.print(Padding(Text(method["description"].replace("``", "")), (0, 0, 0, 2)))
+    # The lines of a paragraph are the source's; those of the output are the terminal's.
+    paragraphs = method["description"].replace("``", "").split("\n\n")
+    filled = (textwrap.fill(" ".join(lines.split()), console.width - 2) for lines in paragraphs)
+    console.print(Text(textwrap.indent("\n\n".join(filled), "  ")))
     console.print()
     if not method["parameters"]:
         console.print("no parameters")

@@ -77,6 +77,17 @@ def test_variables_that_cannot_be_used_are_told_before_work_starts(tmp_path, var
     assert not (tmp_path / "out").exists()
 
 
+def test_an_instruction_set_that_is_none_is_told_in_python():
+    code = (
+        "import numpy as np, metagpt_fast as mf\n"
+        "state = {'a': np.ones(3, np.float32)}\n"
+        "try: mf.merge_state_dicts(state, [state])\n"
+        "except mf.BackendError as error: print(error)"
+    )
+    result = spawn(["-c", code], METAGPT_FAST_ISA="none")
+    assert result.stdout.startswith("METAGPT_FAST_ISA: got 'none', expected one of ")
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     command = [sys.executable, "-m", "metagpt_fast", "info"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:

@@ -18,9 +18,16 @@ if TYPE_CHECKING:
 
 
 class CpuBackend:
-    """csrc/cpu behind the backend interface."""
+    """csrc/cpu behind the backend interface.
+
+    Raises:
+        BackendError: METAGPT_FAST_ISA names an instruction set that this machine does not support.
+    """
 
     name = "cpu"
+
+    def __init__(self) -> None:
+        _native.isa()
 
     def layer_gram(self, layer: LayerTable, gram: NDArray[np.float64]) -> None:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
