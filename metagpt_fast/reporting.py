@@ -43,13 +43,13 @@ def _warnings(plan: MergePlan, layers: LayerPass, copy_code: bool) -> tuple[str,
     out_dtypes = {tensor.name: tensor.out_dtype for tensor in plan.merged}
     for name, count in layers.num_nonfinite.items():
         if owners := sorted(layers.nonfinite_owners.get(name, ())):
-            problem = f"are NaN or Inf, as elements of it are in {', '.join(owners)}"
+            problem = f"NaN or Inf, as elements of it are in {', '.join(owners)}"
         elif out_dtypes[name] is F16:
-            problem = "are too large for the output dtype and became Inf; use --dtype bf16 or f32"
+            problem = "too large for the output dtype and became Inf; use --dtype bf16 or f32"
         else:
-            problem = f"are beyond the range of {out_dtypes[name]} and became Inf or NaN"
-        elements = "1 element" if count == 1 else f"{count} elements"
-        warnings.append(f"{elements} of tensor {brief(name)} {problem}")
+            problem = f"beyond the range of {out_dtypes[name]} and became Inf or NaN"
+        elements, are = ("1 element", "is") if count == 1 else (f"{count} elements", "are")
+        warnings.append(f"{elements} of tensor {brief(name)} {are} {problem}")
     return (*warnings, *(warnings_for(plan.base, copy_code=copy_code) if plan.tool is None else ()))
 
 

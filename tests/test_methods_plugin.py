@@ -95,7 +95,7 @@ def test_it_is_listed_and_explained(package):
 def test_its_parameters_are_checked(package, tmp_path):
     result = run(package, "merge", "base", "a", "-o", "out", "--method", "norm_keeping", "--set", "strength=-1")
     assert result.returncode == 1
-    assert "norm_keeping.strength: parameter: got -1, expected a finite number, at least 0" in result.stderr
+    assert "norm_keeping.strength: parameter: got -1, expected a finite number of at least 0" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -128,8 +128,8 @@ def _checked_one(where: str, spec: ParameterSpec, value: Any) -> Any:
 
 def _number(spec: ParameterSpec) -> str:
     kind = "a whole number" if spec.type is int else "a finite number"
-    if spec.per_model:
-        kind += ", or one per model"
     if spec.minimum is not None and spec.maximum is not None:
-        return f"{kind} from {spec.minimum:g} to {spec.maximum:g}"
-    return f"{kind}, at least {spec.minimum:g}" if spec.minimum is not None else kind
+        kind += f" from {spec.minimum:g} to {spec.maximum:g}"
+    elif spec.minimum is not None:
+        kind += f" of at least {spec.minimum:g}"
+    return f"{kind}, or one per model" if spec.per_model else kind
