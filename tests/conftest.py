@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from pathlib import Path
 
 import pytest
 
 from .mergekit_models import make_zoo
+
+# Under nohup, or in the background of a script, the signals that tests send would be ignored by what they start, too.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")
