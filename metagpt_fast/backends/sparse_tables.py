@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from .tables import LayerElection, MaskTable
 
-IMPORTANCE = 2
-"""Kind of keys: magnitude times a row's factor."""
+VARIANCE, IMPORTANCE = 1, 2
+"""Kinds of keys: variance across models; magnitude times a row's factor."""
 
 RANKED, BITS = 3, 5
 """Kinds of masks: random by rank, which is made before; and made before, a bit per element."""

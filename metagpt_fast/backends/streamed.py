@@ -12,6 +12,7 @@ from .cpu import CpuBackend
 from .device_results import DeviceResults
 from .slice_launches import prepare
 from .slices import SliceChecksums, cut_into_slices, reads_of, writes_of
+from .sparse_tables import VARIANCE
 from .streamed_columns import ColumnStream
 from .streamed_keys import KeyRule
 from .streamed_sparse import SparseStream
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from .device import Device
     from .tables import LayerElection, LayerTable, MaskTable, OutputTable
 
-_VARIANCE = 1  # kind of keys
 _MAX_THREADS = 4  # that read, and that write: their memcpy is then faster than the bus
 
 
@@ -127,7 +127,7 @@ class StreamedBackend:
         self, layer: LayerTable, columns: NDArray[np.int64], row_factors: NDArray[np.uint64], key_kind: int
     ) -> NDArray[np.int64]:
         """See :class:`~metagpt_fast.backends.tables.Backend`."""
-        num_keys = 1 if key_kind == _VARIANCE else layer.num_operands - 1
+        num_keys = 1 if key_kind == VARIANCE else layer.num_operands - 1
         return self._sparse.thresholds.count_nonzero(layer, KeyRule(key_kind, columns, row_factors), num_keys)
 
     def layer_moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:

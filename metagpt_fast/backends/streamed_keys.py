@@ -17,12 +17,9 @@ from .tables import ITEMSIZES, LayerTable, rows_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .device import Device
     from .slices import Slice
     from .streaming import Pipeline
     from .tables import MaskTable
-
-_FACTOR_NBYTES = 8
 
 
 @dataclass(frozen=True)
@@ -119,19 +116,18 @@ class KeyStream:
     """The way of factors to a device: 8 bytes per row of all tensors of a layer, in memory of their own.
 
     Args:
-        device: where they go.
         pipeline: whose kernels read them.
     """
 
-    def __init__(self, device: Device, pipeline: Pipeline) -> None:
-        self._room = DeviceResults(device, pipeline)
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._room = DeviceResults(pipeline.device, pipeline)
 
     def load(self, layer: LayerTable, rule: KeyRule) -> DeviceKeys:
         """Bring the factors of a rule to the device, if it has any, instead of those that are there."""
         if rule.kind != IMPORTANCE:
             return DeviceKeys(rule, np.zeros(layer.num_tensors, np.uint64), (0, 0))
         factors = rule.factors(layer)
-        sizes = np.array([_FACTOR_NBYTES * len(each) for each in factors], np.int64)
+        sizes = np.array([each.nbytes for each in factors], np.int64)
         together = np.concatenate([*factors, np.zeros(1)])  # never without a byte
         address = self._room.load(together)
         starts = address + np.cumsum(sizes) - sizes

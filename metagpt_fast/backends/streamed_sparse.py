@@ -41,7 +41,7 @@ class SparseStream:
     def __init__(self, pipeline: Pipeline, results: DeviceResults) -> None:
         self._pipeline = pipeline
         self._results = results
-        self._keys = KeyStream(pipeline.device, pipeline)
+        self._keys = KeyStream(pipeline)
         self.thresholds = ThresholdStream(pipeline, results, self._keys)
 
     def moments(self, layer: LayerTable, masks: MaskTable) -> NDArray[np.float64]:
